@@ -1,0 +1,1 @@
+"""Model families: one description per family, one engine for all."""

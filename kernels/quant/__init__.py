@@ -1,0 +1,1 @@
+"""Weight quantization: row-exact int8 and NF4."""

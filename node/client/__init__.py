@@ -1,0 +1,1 @@
+"""The client role: plans chains of servers, generates, repairs."""

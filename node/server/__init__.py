@@ -1,0 +1,1 @@
+"""The server role: holds a span of blocks and runs it for others."""

@@ -1,0 +1,1 @@
+"""Byte-stream transports behind one interface: TCP and in-memory."""

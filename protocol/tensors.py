@@ -1,0 +1,55 @@
+"""Wire form of hidden states: named, versioned, deterministic codecs and their exact sizes. Torch-free.
+
+A codec turns `rows` hidden-state rows of width `hidden` into exactly `payload_size()` bytes, so a receiver can
+check a frame against its header before it allocates anything. The arithmetic lives in kernels/codecs.py; the
+layouts and why int8s is what it is: docs/spec/tensors.md.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Final
+
+from .errors import ConfigError
+
+BLOCK: Final = 64
+"""Values that share one scale in int8s."""
+OUTLIERS: Final = 4
+"""Largest values of a row that int8s carries exactly."""
+
+
+class Codec(IntEnum):
+    """Codec ids as they stand in frame headers. Never renumber: a changed layout gets a new id."""
+
+    FP32 = 0
+    BF16 = 1
+    INT8S = 3
+
+    @property
+    def label(self) -> str:
+        """The name users type: `--wire int8s`."""
+        return self.name.lower()
+
+    @classmethod
+    def from_label(cls, label: str) -> Codec:
+        """Parse a user's codec name. Raises ConfigError naming the choices."""
+        for codec in cls:
+            if codec.label == label:
+                return codec
+        choices = ", ".join(codec.label for codec in cls)
+        raise ConfigError(f"unknown wire codec {label!r}: use auto, {choices}")
+
+
+def payload_size(codec: Codec, rows: int, hidden: int) -> int:
+    """Exact bytes of `rows` rows of `hidden` values.
+
+    int8s: per row `hidden` int8 values, one bf16 scale per block of 64, then 4 outliers (u16 index, fp32 value);
+    the four parts are stored as four arrays over all rows, in this order.
+    """
+    match codec:
+        case Codec.FP32:
+            return rows * hidden * 4
+        case Codec.BF16:
+            return rows * hidden * 2
+        case Codec.INT8S:
+            return rows * (hidden + 2 * -(-hidden // BLOCK) + OUTLIERS * (2 + 4))

@@ -1,0 +1,1 @@
+"""Pure routing decisions: Kademlia, swarm views, planning, repair. They take `now` and `rng`."""
