@@ -43,8 +43,9 @@ class Codec(IntEnum):
 def payload_size(codec: Codec, rows: int, hidden: int) -> int:
     """Exact bytes of `rows` rows of `hidden` values.
 
-    int8s: per row `hidden` int8 values, one bf16 scale per block of 64, then 4 outliers (u16 index, fp32 value);
-    the four parts are stored as four arrays over all rows, in this order.
+    Rows stand one after another and each is complete in itself, so a log of rows can be cut, joined and replayed
+    in other pieces without decoding it. An int8s row is: `hidden` int8 values, one bf16 scale per block of 64,
+    4 outlier indices (u16), 4 outlier values (fp32), little endian, in this order.
     """
     match codec:
         case Codec.FP32:
