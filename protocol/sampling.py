@@ -1,0 +1,118 @@
+"""How the next token is chosen: parameters as users give them and as they travel to whoever samples.
+
+Torch-free, because the client names them and the tail of a chain, wherever that runs, applies them. The draw is
+a pure function of (parameters, token history, position), see kernels/sampling.py; so the seed is settled here,
+once, by the client, and a new tail after a failover continues the same text.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from .errors import ConfigError, RemoteProtocolError
+
+MAX_TEMPERATURE: Final = 100.0
+MAX_TOP_K: Final = 2**31 - 1
+MAX_PENALTY: Final = 100.0
+MAX_LOOKBACK: Final = 2**20
+"""Tokens of history the penalties may look at."""
+MAX_SEED: Final = 2**63 - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """Parameters of one generation. Invalid values raise ConfigError naming the parameter and its range."""
+
+    temperature: float = 0.0
+    """0 is greedy: the likeliest token, the lowest id on a tie. Above, logits are divided by it."""
+    top_k: int = 0
+    """Keep the k likeliest tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the likeliest tokens until their probabilities sum to this; 1 keeps all."""
+    min_p: float = 0.0
+    """Keep tokens at least this fraction as likely as the likeliest; 0 keeps all."""
+    seed: int = 0
+    """Same seed, same prompt, same parameters: same text."""
+    repetition_penalty: float = 1.0
+    """Logits of tokens seen before are divided (positive) or multiplied (negative) by this; 1 is off."""
+    frequency_penalty: float = 0.0
+    """Subtracted from a token's logit once per time it was seen."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logit of every token seen."""
+    penalty_last_n: int = 0
+    """How many of the last tokens the penalties look at; 0 is all of them."""
+
+    def __post_init__(self) -> None:
+        _number("temperature", self.temperature, 0.0, MAX_TEMPERATURE)
+        _whole("top_k", self.top_k, 0, MAX_TOP_K)
+        _number("top_p", self.top_p, 0.0, 1.0, above_low=True)
+        _number("min_p", self.min_p, 0.0, 1.0)
+        _whole("seed", self.seed, 0, MAX_SEED)
+        _number("repetition_penalty", self.repetition_penalty, 0.0, MAX_PENALTY, above_low=True)
+        _number("frequency_penalty", self.frequency_penalty, -MAX_PENALTY, MAX_PENALTY)
+        _number("presence_penalty", self.presence_penalty, -MAX_PENALTY, MAX_PENALTY)
+        _whole("penalty_last_n", self.penalty_last_n, 0, MAX_LOOKBACK)
+
+    @property
+    def greedy(self) -> bool:
+        """No draw is made: the likeliest token is taken."""
+        return self.temperature == 0
+
+    @property
+    def penalized(self) -> bool:
+        """The choice depends on the history, not on the logits alone."""
+        return (self.repetition_penalty, self.frequency_penalty, self.presence_penalty) != (1.0, 0.0, 0.0)
+
+    def to_wire(self) -> dict[int, int | float]:
+        """A msgpack map with integer keys; values equal to the default are left out."""
+        wire: dict[int, int | float] = {}
+        for key, name in _WIRE_KEYS.items():
+            value = getattr(self, name)
+            if value != getattr(_DEFAULT, name):
+                wire[key] = value
+        return wire
+
+    @classmethod
+    def from_wire(cls, wire: object) -> SamplingParams:
+        """Parse a peer's map; unknown keys are ignored. Raises RemoteProtocolError on values out of range."""
+        if not isinstance(wire, Mapping):
+            raise RemoteProtocolError(f"sampling parameters are {type(wire).__name__}, expected a map")
+        values: dict[str, Any] = {
+            _WIRE_KEYS[key]: value for key, value in wire.items() if isinstance(key, int) and key in _WIRE_KEYS
+        }
+        try:
+            return cls(**values)
+        except ConfigError as exc:
+            raise RemoteProtocolError(f"peer's sampling parameters: {exc}") from exc
+
+
+_WIRE_KEYS: Final = {
+    1: "temperature",
+    2: "top_k",
+    3: "top_p",
+    4: "min_p",
+    5: "seed",
+    6: "repetition_penalty",
+    7: "frequency_penalty",
+    8: "presence_penalty",
+    9: "penalty_last_n",
+}
+"""Never renumber."""
+
+
+def _number(name: str, value: object, low: float, high: float, *, above_low: bool = False) -> None:
+    valid = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not valid or not low <= value <= high or (above_low and value == low):  # type: ignore[operator]
+        bounds = f"above {low:g}, at most {high:g}" if above_low else f"{low:g} to {high:g}"
+        raise ConfigError(f"{name} is {value!r}: use a number {bounds}")
+
+
+def _whole(name: str, value: object, low: int, high: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise ConfigError(f"{name} is {value!r}: use a whole number {low} to {high}")
+
+
+_DEFAULT: Final = SamplingParams()

@@ -1,0 +1,78 @@
+"""Sampling parameters: ranges, messages, wire form."""
+
+from __future__ import annotations
+
+import msgpack
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from swarmnode.protocol import sampling
+from swarmnode.protocol.errors import ConfigError, RemoteProtocolError
+from swarmnode.protocol.sampling import SamplingParams
+
+NAN, INF = float("nan"), float("inf")
+
+valid = st.builds(
+    SamplingParams,
+    temperature=st.floats(0, sampling.MAX_TEMPERATURE),
+    top_k=st.integers(0, sampling.MAX_TOP_K),
+    top_p=st.floats(0, 1, exclude_min=True),
+    min_p=st.floats(0, 1),
+    seed=st.integers(0, sampling.MAX_SEED),
+    repetition_penalty=st.floats(0, sampling.MAX_PENALTY, exclude_min=True),
+    frequency_penalty=st.floats(-sampling.MAX_PENALTY, sampling.MAX_PENALTY),
+    presence_penalty=st.floats(-sampling.MAX_PENALTY, sampling.MAX_PENALTY),
+    penalty_last_n=st.integers(0, sampling.MAX_LOOKBACK),
+)
+
+
+@given(valid)
+def test_wire_form_round_trips(params):
+    packed = msgpack.packb(params.to_wire())
+    assert SamplingParams.from_wire(msgpack.unpackb(packed, strict_map_key=False)) == params
+    assert len(packed) < 100
+
+
+def test_golden_wire_form():
+    assert SamplingParams().to_wire() == {}
+    assert SamplingParams(temperature=0.5, top_k=40, seed=7).to_wire() == {1: 0.5, 2: 40, 5: 7}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature", -0.1),
+        ("temperature", sampling.MAX_TEMPERATURE + 1),
+        ("temperature", NAN),
+        ("temperature", INF),
+        ("temperature", True),
+        ("temperature", "1"),
+        ("top_k", -1),
+        ("top_k", sampling.MAX_TOP_K + 1),
+        ("top_k", 1.5),
+        ("top_p", 0.0),
+        ("top_p", 1.01),
+        ("min_p", -0.01),
+        ("min_p", 1.01),
+        ("seed", -1),
+        ("seed", sampling.MAX_SEED + 1),
+        ("repetition_penalty", 0.0),
+        ("frequency_penalty", -sampling.MAX_PENALTY - 1),
+        ("presence_penalty", NAN),
+        ("penalty_last_n", -1),
+        ("penalty_last_n", sampling.MAX_LOOKBACK + 1),
+    ],
+)
+def test_silly_values_name_parameter_and_range(name, value):
+    with pytest.raises(ConfigError, match=rf"{name} is .*: use a"):
+        SamplingParams(**{name: value})
+
+
+@pytest.mark.parametrize("wire", [None, [], b"", {1: -1.0}, {1: "x"}, {2: 2**40}, {5: None}, {3: NAN}])
+def test_hostile_wire_values_are_the_peers_fault(wire):
+    with pytest.raises(RemoteProtocolError):
+        SamplingParams.from_wire(wire)
+
+
+def test_unknown_wire_keys_are_ignored():
+    assert SamplingParams.from_wire({1: 0.5, 99: "later", "x": 1}) == SamplingParams(temperature=0.5)
