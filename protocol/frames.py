@@ -41,9 +41,7 @@ def unpack_prefix(prefix: bytes, max_payload: int) -> tuple[int, int]:
     if header_size > MAX_HEADER:
         raise RemoteProtocolError(f"frame header of {header_size} bytes is over the {MAX_HEADER} byte limit")
     if payload_size > max_payload:
-        raise RemoteProtocolError(
-            f"frame payload of {payload_size} bytes is over this stream's {max_payload} bytes"
-        )
+        raise RemoteProtocolError(f"frame payload of {payload_size} bytes is over this stream's {max_payload} bytes")
     return header_size, payload_size
 
 
@@ -75,9 +73,7 @@ def _check_entry(key: object, value: object) -> None:
     items: Sequence[object] = value if isinstance(value, list) else (value,)
     for item in items:
         if type(item) not in _SCALARS:
-            raise RemoteProtocolError(
-                f"frame header field {key} holds a {type(item).__name__}, which is not allowed"
-            )
+            raise RemoteProtocolError(f"frame header field {key} holds a {type(item).__name__}, which is not allowed")
 
 
 _SCALARS: Final = frozenset({int, float, str, bytes, bool, type(None)})

@@ -225,9 +225,7 @@ def _load_public(key_type: KeyType, data: bytes) -> _Key:
     key = serialization.load_der_public_key(data)
     if key_type is KeyType.RSA and isinstance(key, rsa.RSAPublicKey):
         if not _MIN_RSA_BITS <= key.key_size <= _MAX_RSA_BITS:
-            raise ValueError(
-                f"RSA keys must have {_MIN_RSA_BITS} to {_MAX_RSA_BITS} bits, not {key.key_size}"
-            )
+            raise ValueError(f"RSA keys must have {_MIN_RSA_BITS} to {_MAX_RSA_BITS} bits, not {key.key_size}")
         return key
     if key_type is KeyType.ECDSA and isinstance(key, ec.EllipticCurvePublicKey):
         return key
@@ -282,9 +280,7 @@ class PrivateKey:
         except RemoteProtocolError as exc:
             raise ConfigError(f"not a libp2p private key: {exc}") from None
         if key_type is not KeyType.ED25519 or len(body) not in (64, 96):
-            raise ConfigError(
-                f"identity keys must be Ed25519 (64 bytes), this is {key_type.name} ({len(body)} bytes)"
-            )
+            raise ConfigError(f"identity keys must be Ed25519 (64 bytes), this is {key_type.name} ({len(body)} bytes)")
         key = cls(body[:32])
         if body[32:64] != key.public.data or body[64:] not in (b"", key.public.data):
             raise ConfigError("the private key file is damaged: its public half does not belong to it")

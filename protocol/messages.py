@@ -90,7 +90,7 @@ class Open(Message, kind=1):
     acked: tuple[int, ...] = integers(13, high=MAX_POSITION, most=MAX_LANES, default=())
     """Per lane, positions whose results the opener already has (empty: none)."""
     resume: bool = flag(14, default=False)
-    """The next hop already holds the acked positions: send it only what comes after them."""
+    """The next hop is in the session already: wait for its Attached and go on from what it has."""
     embed: bool = flag(15, default=False)
     """Data arrive as token ids; embed them here."""
     output: int = integer(16, high=2, default=int(Output.HIDDEN))
@@ -123,6 +123,15 @@ class Attach(Message, kind=4):
     """First frame of a data stream: the sender is the previous hop of this session."""
 
     session: bytes = blob(1, low=_ID, high=_ID)
+    start: int = integer(2, high=MAX_BLOCKS)
+    """The receiver's first block: one peer may serve two spans of a chain."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attached(Message, kind=17):
+    """Answer to Attach, the only frame that goes up a data stream: rows of each lane that need not be sent."""
+
+    received: tuple[int, ...] = integers(1, high=MAX_POSITION, most=MAX_LANES)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,7 +185,12 @@ class Rewire(Message, kind=8):
     acked: tuple[int, ...] = integers(7, high=MAX_POSITION, most=MAX_LANES, default=())
     """Per lane, positions whose results the opener has: replayed rows before them may be joined."""
     resume: bool = flag(8, default=False)
-    """The new next hop already holds the acked positions; otherwise replay the log to it from the start."""
+    """The new next hop is in the session already: wait for its Attached and go on from what it has. Otherwise it is
+    empty: replay the log to it from the start, at once."""
+    cut_epochs: tuple[int, ...] = integers(9, high=MAX_EPOCH, most=MAX_LANES, default=())
+    """Per lane, the epoch of the last truncation, which may have died with the old previous hop."""
+    cuts: tuple[int, ...] = integers(10, high=MAX_POSITION, most=MAX_LANES, default=())
+    """Per lane, the length it was truncated to."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -242,9 +256,8 @@ class Close(Message, kind=16):
 
 
 TO_SERVER: Final = Catalogue(Open, Attach, Data, Truncate, Rewire, Probe, Close)
-TO_CLIENT: Final = Catalogue(
-    Opened, Refused, Data, Result, HopFailed, LogGone, NeedReplay, Progress, Failed, Draining
-)
+TO_PREVIOUS: Final = Catalogue(Attached, Refused)
+TO_CLIENT: Final = Catalogue(Opened, Refused, Data, Result, HopFailed, LogGone, NeedReplay, Progress, Failed, Draining)
 
 
 # The model protocol: a peer hands out the small files of a model it serves, by digest.

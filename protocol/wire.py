@@ -32,9 +32,7 @@ class Wire:
 
 def integer(key: int, *, low: int = 0, high: int, default: Any = MISSING) -> Any:
     """An int in [low, high]."""
-    return _field(
-        Wire(key, _int_in(low, high), f"an integer in {low}..{high}"), default
-    )
+    return _field(Wire(key, _int_in(low, high), f"an integer in {low}..{high}"), default)
 
 
 def number(key: int, *, low: float, high: float, default: Any = MISSING) -> Any:
@@ -51,9 +49,7 @@ def flag(key: int, *, default: Any = MISSING) -> Any:
 
 def blob(key: int, *, low: int = 0, high: int, default: Any = MISSING) -> Any:
     """Bytes of a length in [low, high]."""
-    return _field(
-        Wire(key, lambda v: type(v) is bytes and low <= len(v) <= high, f"{low}..{high} bytes"), default
-    )
+    return _field(Wire(key, lambda v: type(v) is bytes and low <= len(v) <= high, f"{low}..{high} bytes"), default)
 
 
 def text(key: int, *, high: int, default: Any = MISSING) -> Any:
@@ -115,9 +111,7 @@ class Message:
             if isinstance(value, tuple):
                 value = list(value)
             if not wire.check(value):
-                raise LocalProtocolError(
-                    f"{type(self).__name__}.{name} must be {wire.expected}, not {value!r:.60}"
-                )
+                raise LocalProtocolError(f"{type(self).__name__}.{name} must be {wire.expected}, not {value!r:.60}")
             header[wire.key] = value
         return header
 

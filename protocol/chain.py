@@ -1,0 +1,266 @@
+"""The client's side of an inference session, as a sans-IO machine: the chain of hops, what to send, how to repair it.
+
+The client is the hop before the first one. Its log of what it fed (token ids, or hidden states it embedded itself) is
+the same OutputLog a server keeps, so feeding and replaying are the same act: read the log from a cursor.
+
+A repair replaces dead hops by fresh ones and touches nobody else but their neighbours:
+
+  fresh hop             Open; it goes on from what the hop after it says it has
+  survivor before it    Rewire: new next hop; it replays its log to it (the client does, if the first hop is fresh)
+  survivor after it     Rewire: new previous hop, and truncations that may have died with the old one
+
+All of it under a new epoch, after which the client just goes on waiting for the result it was waiting for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from .errors import LocalProtocolError, RemoteProtocolError
+from .messages import Data, Kind, Open, Output, Result, Rewire, Truncate, Want
+from .session import Outgoing
+from .session_log import Entry, OutputLog
+from .tensors import Codec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hop:
+    """One server's part in a chain. Compared by identity: a hop opened again is another hop."""
+
+    peer: bytes
+    start: int
+    end: int
+    addresses: tuple[str, ...] = ()
+    compute_class: bytes = b""
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def __hash__(self) -> int:
+        return id(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChainSpec:
+    """What is fixed for a session's life, whoever serves it."""
+
+    session: bytes
+    digest: bytes
+    start: int
+    end: int
+    codec: Codec
+    cuts: tuple[int, ...]
+    lanes: int = 1
+    max_length: int
+    embed: bool = False
+    """The first hop embeds token ids."""
+    output: Output = Output.HIDDEN
+    sampling: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Repair:
+    """What to do, in this order: all opens, then the rewires, last hop first (so that no replay runs ahead)."""
+
+    opens: tuple[tuple[Hop, Open], ...]
+    rewires: tuple[tuple[Hop, Rewire], ...]
+
+
+@dataclass(slots=True)
+class _Lane:
+    cursor: int = 0
+    acked: int = 0
+    epoch: int = 0
+    """Results of a lower epoch are from before a truncation."""
+    cut: int = 0
+    """Length of the last truncation, made in `epoch`."""
+    replay_epoch: int = 0
+    """Not 0: a replay from the tokens began in this epoch and no result of it has come yet."""
+    truncate_to: int | None = None
+    log: OutputLog = field(default_factory=OutputLog)
+
+
+class ChainMachine:
+    """The client's state of one session. Not thread-safe; knows no time and no network."""
+
+    def __init__(self, spec: ChainSpec, hops: Sequence[Hop]) -> None:
+        self.spec = spec
+        self.epoch = 0
+        self.hops = _contiguous(spec, hops)
+        self._lanes = [_Lane() for _ in range(spec.lanes)]
+
+    def position(self, lane: int = 0) -> int:
+        """Rows of this lane fed so far."""
+        return self._lanes[lane].log.end
+
+    def acked(self, lane: int = 0) -> int:
+        """Rows of this lane whose results have come back."""
+        return self._lanes[lane].acked
+
+    @property
+    def idle(self) -> bool:
+        """Every row fed has its result."""
+        return all(lane.acked == lane.log.end for lane in self._lanes)
+
+    def opens(self) -> tuple[tuple[Hop, Open], ...]:
+        """The Open of each hop, for the first time."""
+        return tuple((hop, self._open(index, set(self.hops))) for index, hop in enumerate(self.hops))
+
+    def feed(self, payload: bytes, count: int, want: Want, lane: int = 0) -> int:
+        """Queue rows behind the lane's last one; returns their position. Raises LocalProtocolError past max_length."""
+        position = self._lanes[lane].log.end
+        if position + count > self.spec.max_length:
+            raise LocalProtocolError(f"{position + count} tokens do not fit the session's {self.spec.max_length}")
+        self._lanes[lane].log.append(Entry(position, count, int(want), payload))
+        return position
+
+    def truncate(self, position: int, lane: int = 0) -> None:
+        """Forget rows from `position` on, here and all along the chain. Only while no row is under way."""
+        state = self._lanes[lane]
+        if state.acked != state.log.end:
+            raise LocalProtocolError("cannot truncate while rows are under way")
+        if not 0 <= position <= state.log.end:
+            raise LocalProtocolError(f"cannot truncate to {position}: the lane has {state.log.end} rows")
+        self.epoch += 1
+        state.epoch = self.epoch
+        state.log.cut(position)
+        state.cursor = state.acked = state.cut = position
+        state.truncate_to = position
+
+    def next_outgoing(self) -> Outgoing | None:
+        """The next frame for the first hop, taken out; None when there is nothing to send now."""
+        for index, lane in enumerate(self._lanes):
+            if lane.truncate_to is not None:
+                position, lane.truncate_to = lane.truncate_to, None
+                message = Truncate(session=self.spec.session, epoch=self.epoch, lane=index, position=position)
+                return Outgoing(message)
+            entry = lane.log.read(lane.cursor, lane.acked)
+            if entry is not None:
+                lane.cursor = entry.end
+                return Outgoing(self._data(index, entry), entry.payload)
+        return None
+
+    def on_result(self, result: Result) -> bool:
+        """Rows came through. True if the result is news; False for a repeat or one from before a truncation.
+
+        Raises RemoteProtocolError for rows that were never fed.
+        """
+        if result.lane >= len(self._lanes):
+            raise RemoteProtocolError(f"result for lane {result.lane} of {len(self._lanes)}")
+        lane = self._lanes[result.lane]
+        end = result.position + result.count
+        if result.epoch < lane.epoch or end <= lane.acked:
+            return False
+        if end > lane.cursor or result.position > lane.acked:
+            raise RemoteProtocolError(f"result for rows {result.position}..{end}; {lane.acked}..{lane.cursor} are due")
+        lane.acked = end
+        if result.epoch >= lane.replay_epoch:
+            lane.replay_epoch = 0
+        return True
+
+    def repair(self, hops: Sequence[Hop]) -> Repair:
+        """Go over to `hops`, keeping those already in the chain. Raises LocalProtocolError if they do not join up."""
+        before, self.hops = self.hops, _contiguous(self.spec, hops)
+        self.epoch += 1
+        fresh = {hop for hop in self.hops if hop not in before}
+        if self.hops[0] in fresh:
+            self._replay_from_client()
+        opens = [(hop, self._open(index, fresh)) for index, hop in enumerate(self.hops) if hop in fresh]
+        rewires = [
+            (hop, rewire)
+            for index, hop in enumerate(self.hops)
+            if hop not in fresh and (rewire := self._rewire(index, before, fresh)) is not None
+        ]
+        if any(lane.replay_epoch for lane in self._lanes):
+            self.replay()  # the one under way may have died with a hop
+        return Repair(tuple(opens), tuple(reversed(rewires)))
+
+    def replay(self) -> None:
+        """A server dropped its log: feed everything again from the tokens, under a new epoch.
+
+        The epoch makes every hop on the way rewind and recompute; the one that lacked its log gets it back.
+        """
+        self.epoch += 1
+        for lane in self._lanes:
+            lane.replay_epoch = self.epoch
+        self._replay_from_client()
+
+    def _replay_from_client(self) -> None:
+        for lane in self._lanes:
+            lane.cursor, lane.truncate_to = 0, None
+
+    def _resume(self, index: int, fresh: set[Hop]) -> bool:
+        """The hop after this one was in the session before and knows which rows it has."""
+        return index + 1 < len(self.hops) and self.hops[index + 1] not in fresh
+
+    def _rewire(self, index: int, before: Sequence[Hop], fresh: set[Hop]) -> Rewire | None:
+        old = before.index(self.hops[index])
+        old_next = before[old + 1] if old + 1 < len(before) else None
+        old_prev = before[old - 1] if old else None
+        new_next = self.hops[index + 1] if index + 1 < len(self.hops) else None
+        new_prev = self.hops[index - 1] if index else None
+        if new_next is old_next and new_prev is old_prev:
+            return None
+        return Rewire(
+            epoch=self.epoch,
+            set_prev=new_prev is not old_prev,
+            prev=new_prev.peer if new_prev else b"",
+            set_next=new_next is not old_next,
+            next=new_next.peer if new_next else b"",
+            next_addresses=new_next.addresses if new_next else (),
+            acked=self._acked(),
+            resume=self._resume(index, fresh),
+            cut_epochs=tuple(lane.epoch for lane in self._lanes),
+            cuts=tuple(lane.cut for lane in self._lanes),
+        )
+
+    def _open(self, index: int, fresh: set[Hop]) -> Open:
+        hop, last = self.hops[index], index + 1 == len(self.hops)
+        following = None if last else self.hops[index + 1]
+        return Open(
+            session=self.spec.session,
+            digest=self.spec.digest,
+            start=hop.start,
+            end=hop.end,
+            codec=int(self.spec.codec),
+            cuts=self.spec.cuts,
+            lanes=self.spec.lanes,
+            max_length=self.spec.max_length,
+            epoch=self.epoch,
+            prev=self.hops[index - 1].peer if index else b"",
+            next=following.peer if following else b"",
+            next_addresses=following.addresses if following else (),
+            acked=self._acked() if self.epoch else (),
+            resume=self._resume(index, fresh),
+            embed=self.spec.embed and index == 0,
+            output=int(self.spec.output) if last else int(Output.HIDDEN),
+            compute_class=hop.compute_class,
+            sampling=self.spec.sampling if last else b"",
+        )
+
+    def _acked(self) -> tuple[int, ...]:
+        return tuple(lane.acked for lane in self._lanes)
+
+    def _data(self, index: int, entry: Entry) -> Data:
+        return Data(
+            session=self.spec.session,
+            epoch=self.epoch,
+            lane=index,
+            position=entry.position,
+            count=entry.count,
+            payload_kind=int(Kind.TOKENS if self.spec.embed else Kind.HIDDEN),
+            want=entry.want,
+        )
+
+
+def _contiguous(spec: ChainSpec, hops: Sequence[Hop]) -> tuple[Hop, ...]:
+    """Check that the hops cover the session's blocks one after another."""
+    border = spec.start
+    for hop in hops:
+        if hop.start != border or hop.end <= hop.start:
+            raise LocalProtocolError(f"hop {hop.start}:{hop.end} does not follow block {border}")
+        border = hop.end
+    if border != spec.end or not hops:
+        raise LocalProtocolError(f"chain ends at block {border}, not {spec.end}")
+    return tuple(hops)

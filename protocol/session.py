@@ -1,0 +1,292 @@
+"""The server's side of an inference session, as a sans-IO machine.
+
+Data flow along the chain: the previous hop sends rows of hidden states, this hop computes them and sends its output to
+the next one. The machine decides what to compute, what to drop, and what goes out; it neither computes nor sends.
+
+Every lane (a batch row) has its own position and **epoch**. The client raises the epoch whenever it rewinds: truncates,
+repairs or replays. What a hop does with rows [p, p + n) of epoch e, when it has received `received` rows of epoch E:
+
+    e < E                     stale, drop
+    e == E, p <= received     drop the rows already received, compute the rest
+    e >  E, p <= received     adopt e; forget rows from p on; compute
+    p > received              a gap: protocol error
+
+Because results are bit-identical within a compute class, recomputing a cached row changes nothing: that is what makes
+a replay to one hop, and the rewind it causes in the next, safe. Three rules keep a repair from losing rows:
+
+  * A rewire raises only the epoch of what goes *out*. Rows still coming in under the old epoch stay valid.
+  * A computed row is dropped only if its lane was rewound since (the generation), never because the epoch moved on.
+  * Sending is reading the output log from a cursor; a rewire moves the cursor. Rows that were under way when a hop
+    died are in the log, so they go to its replacement without the client sending them again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from .errors import RemoteProtocolError
+from .messages import MAX_POSITION, Data, Kind, Open, Progress, Result, Rewire, Truncate
+from .session_log import Entry, OutputLog
+from .tensors import Codec, payload_size
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """Rows to compute. The answer goes to `on_computed` with the job itself."""
+
+    lane: int
+    position: int
+    """First row; the lane's KV cache must be cut to this length before the rows are run."""
+    count: int
+    epoch: int
+    generation: int
+    """The lane's generation when the job was made; results of an older generation are dropped."""
+    payload_kind: int
+    want: int
+    payload: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Outgoing:
+    """A frame for the next hop."""
+
+    message: Data | Truncate
+    payload: bytes = b""
+
+
+@dataclass(slots=True)
+class _Lane:
+    epoch: int
+    received: int = 0
+    computed: int = 0
+    generation: int = 0
+    cursor: int = 0
+    """Next position to send to the next hop."""
+    floor: int = MAX_POSITION
+    """Lowest rewind since the next hop was set: from there on it needs the rows again, whatever it says it has."""
+    acked: int = 0
+    """Positions whose results the client has."""
+    truncate_to: int | None = None
+    """A truncation the next hop has not been told of."""
+    log: OutputLog = field(default_factory=OutputLog)
+
+
+class SessionMachine:
+    """One session at one server. Feed it parsed messages; it returns jobs and frames. Not thread-safe."""
+
+    def __init__(self, open_: Open, opener: bytes, hidden: int) -> None:
+        self.id = open_.session
+        self.start, self.end = open_.start, open_.end
+        self.codec = Codec(open_.codec)
+        self.max_length = open_.max_length
+        self.embed = open_.embed
+        self.opener = opener
+        self.prev = open_.prev or opener
+        self.next = open_.next
+        self.next_addresses = open_.next_addresses
+        self.epoch = open_.epoch
+        self._row_bytes = payload_size(self.codec, 1, hidden)
+        self._lanes = [_Lane(epoch=open_.epoch) for _ in range(open_.lanes)]
+        self.next_known = not open_.resume
+        """We know which rows the next hop has; until then nothing is sent to it."""
+        self._set_acked(open_.acked)
+
+    @property
+    def is_tail(self) -> bool:
+        """Results go to the client, not to a next hop."""
+        return not self.next
+
+    @property
+    def log_bytes(self) -> int:
+        """Bytes the output logs of all lanes hold."""
+        return sum(lane.log.size_bytes for lane in self._lanes)
+
+    def on_data(self, source: bytes, data: Data, payload: bytes) -> Job | None:
+        """Rows from the previous hop. Returns what to compute; None for stale rows and duplicates.
+
+        Raises RemoteProtocolError for a wrong sender, size, lane or position.
+        """
+        lane = self._lane(source, data.session, data.lane)
+        self._check_payload(data, payload)
+        known = self._admit(lane, data)
+        if known >= data.count:
+            return None
+        lane.received = data.position + data.count
+        return Job(
+            lane=data.lane,
+            position=data.position + known,
+            count=data.count - known,
+            epoch=data.epoch,
+            generation=lane.generation,
+            payload_kind=data.payload_kind,
+            want=data.want,
+            payload=payload[known * (len(payload) // data.count) :] if known else payload,
+        )
+
+    def _admit(self, lane: _Lane, data: Data) -> int:
+        """The table in the module's docstring. Returns how many of the rows to drop."""
+        end = data.position + data.count
+        if end > self.max_length:
+            raise RemoteProtocolError(f"row {end} is past the session's length of {self.max_length}")
+        if data.epoch < lane.epoch:
+            return data.count
+        if data.position > lane.received:
+            raise RemoteProtocolError(
+                f"rows from {data.position} do not follow row {lane.received} of lane {data.lane}"
+            )
+        if data.epoch > lane.epoch:
+            self._rewind(lane, data.position, data.epoch)
+        return lane.received - data.position
+
+    def on_truncate(self, source: bytes, truncate: Truncate) -> int | None:
+        """Forget rows from `position` on. Returns the new length for the KV cache; None when stale."""
+        lane = self._lane(source, truncate.session, truncate.lane)
+        if truncate.epoch <= lane.epoch:
+            return None
+        if truncate.position > lane.received:
+            raise RemoteProtocolError(
+                f"cannot truncate lane {truncate.lane} to {truncate.position}: it has {lane.received}"
+            )
+        self._truncate(lane, truncate.position, truncate.epoch)
+        return truncate.position
+
+    def _truncate(self, lane: _Lane, position: int, epoch: int) -> None:
+        position = min(position, lane.received)
+        self._rewind(lane, position, epoch)
+        lane.acked = min(lane.acked, position)
+        lane.truncate_to = position
+
+    def _rewind(self, lane: _Lane, position: int, epoch: int) -> None:
+        lane.epoch = epoch
+        if position < lane.received:
+            lane.generation += 1
+        lane.received = position
+        lane.computed = min(lane.computed, position)
+        lane.cursor = min(lane.cursor, position)
+        lane.floor = min(lane.floor, position)
+        lane.log.cut(position)
+
+    def on_computed(self, job: Job, output: bytes) -> Result | None:
+        """A job is done. At the tail: the Result to send, with `output` as payload. Else the rows go out by the log."""
+        lane = self._lanes[job.lane]
+        if job.generation != lane.generation:
+            return None
+        lane.computed = job.position + job.count
+        if self.is_tail:
+            return Result(epoch=lane.epoch, lane=job.lane, position=job.position, count=job.count, want=job.want)
+        lane.log.append(Entry(job.position, job.count, job.want, output))
+        return None
+
+    def on_rewire(self, rewire: Rewire) -> bool:
+        """A neighbour was replaced. An empty next hop gets the log again; one in the session says where to go on.
+
+        Returns False if rows it needs were dropped: the client must replay from the tokens.
+        """
+        if rewire.epoch <= self.epoch:
+            return True
+        self.epoch = rewire.epoch
+        self._set_acked(rewire.acked)
+        if rewire.set_prev:
+            self.prev = rewire.prev or self.opener
+            self._catch_up_on_truncations(rewire)
+        if rewire.set_next:
+            self.next, self.next_addresses = rewire.next, rewire.next_addresses
+            self.next_known = not rewire.resume
+            for lane in self._lanes:
+                lane.floor = MAX_POSITION
+            self._set_cursors([0] * len(self._lanes))
+        return not self.next_known or self._log_reaches_back
+
+    def _catch_up_on_truncations(self, rewire: Rewire) -> None:
+        """The old previous hop may have died with a truncation it had not passed on."""
+        for lane, epoch, position in zip(self._lanes, rewire.cut_epochs, rewire.cuts, strict=False):
+            if epoch > lane.epoch:
+                self._truncate(lane, position, epoch)
+
+    def on_attached(self, received: Sequence[int]) -> bool:
+        """The next hop says which rows it has. Returns False if rows it lacks were dropped here: see on_rewire."""
+        if self.next_known:
+            return True
+        self.next_known = True
+        self._set_cursors(received)
+        return self._log_reaches_back
+
+    @property
+    def received(self) -> tuple[int, ...]:
+        """Rows of each lane this hop has: what it answers to a new previous hop."""
+        return tuple(lane.received for lane in self._lanes)
+
+    @property
+    def _log_reaches_back(self) -> bool:
+        return all(lane.cursor >= lane.log.start for lane in self._lanes)
+
+    def next_outgoing(self) -> Outgoing | None:
+        """The next frame for the next hop, taken out; None when there is nothing to send now."""
+        if self.is_tail or not self.next_known:
+            return None
+        for index, lane in enumerate(self._lanes):
+            outgoing = self._outgoing(index, lane)
+            if outgoing is not None:
+                return outgoing
+        return None
+
+    def _outgoing(self, index: int, lane: _Lane) -> Outgoing | None:
+        epoch = max(lane.epoch, self.epoch)
+        if lane.truncate_to is not None:
+            position, lane.truncate_to = lane.truncate_to, None
+            return Outgoing(Truncate(session=self.id, epoch=epoch, lane=index, position=position))
+        entry = lane.log.read(lane.cursor, lane.acked)
+        if entry is None:
+            return None
+        lane.cursor = entry.end
+        data = Data(
+            session=self.id,
+            epoch=epoch,
+            lane=index,
+            position=entry.position,
+            count=entry.count,
+            want=entry.want,
+        )
+        return Outgoing(data, entry.payload)
+
+    def drop_log(self) -> None:
+        """The log budget is spent and this session was idle longest: give up all rows already sent."""
+        for lane in self._lanes:
+            lane.log.drop_before(lane.cursor)
+
+    def progress(self, nonce: int) -> Progress:
+        """How far each lane is, for a client that wants to know which hop is stuck."""
+        return Progress(
+            nonce=nonce,
+            received=self.received,
+            computed=tuple(lane.computed for lane in self._lanes),
+            sent=tuple(lane.cursor for lane in self._lanes),
+            epoch=self.epoch,
+        )
+
+    def _lane(self, source: bytes, session: bytes, index: int) -> _Lane:
+        if source != self.prev:
+            raise RemoteProtocolError("data came from a peer that is not this session's previous hop")
+        if session != self.id:
+            raise RemoteProtocolError("data frame names another session than its stream")
+        if index >= len(self._lanes):
+            raise RemoteProtocolError(f"lane {index} of a session that has {len(self._lanes)}")
+        return self._lanes[index]
+
+    def _check_payload(self, data: Data, payload: bytes) -> None:
+        if data.payload_kind == Kind.TOKENS and not self.embed:
+            raise RemoteProtocolError("token ids sent to a hop that does not embed")
+        if data.payload_kind == Kind.HIDDEN and self.embed:
+            raise RemoteProtocolError("hidden states sent to a hop that embeds token ids")
+        row = 4 if data.payload_kind == Kind.TOKENS else self._row_bytes
+        if len(payload) != data.count * row:
+            raise RemoteProtocolError(f"{data.count} rows need {data.count * row} bytes, got {len(payload)}")
+
+    def _set_acked(self, acked: Sequence[int]) -> None:
+        for lane, position in zip(self._lanes, acked, strict=False):
+            lane.acked = position
+
+    def _set_cursors(self, positions: Sequence[int]) -> None:
+        for lane, position in zip(self._lanes, positions, strict=False):
+            lane.cursor = min(position, lane.floor)

@@ -1,0 +1,374 @@
+"""The session machines as a whole chain: fake blocks, random delivery, deaths at any moment.
+
+A fake block's output row depends on all rows of its lane so far, as attention does, so a wrong, missing, doubled or
+misplaced row anywhere changes every later token. The oracle is the same blocks applied without any chain.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from dataclasses import dataclass, field
+from hashlib import blake2b
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from swarmnode.protocol.chain import ChainMachine, ChainSpec, Hop
+from swarmnode.protocol.errors import LocalProtocolError, RemoteProtocolError
+from swarmnode.protocol.messages import Attach, Attached, Data, Kind, Open, Rewire, Truncate, Want
+from swarmnode.protocol.session import Job, SessionMachine
+from swarmnode.protocol.session_log import Entry, LogBudget, OutputLog
+from swarmnode.protocol.tensors import Codec, payload_size
+
+HIDDEN = 2
+ROW = payload_size(Codec.FP32, 1, HIDDEN)
+BLOCKS = 6
+SESSION = b"s" * 16
+
+
+def mix(block: int, rows: list[bytes]) -> bytes:
+    return blake2b(b"".join(rows), digest_size=ROW, key=bytes([block + 1])).digest()
+
+
+class Blocks:
+    """Blocks [start, end) with a cache per block and lane."""
+
+    def __init__(self, start: int, end: int) -> None:
+        self.caches: dict[tuple[int, int], list[bytes]] = {}
+        self.start, self.end = start, end
+
+    def run(self, lane: int, position: int, payload: bytes) -> bytes:
+        out = []
+        for index in range(0, len(payload), ROW):
+            row = payload[index : index + ROW]
+            for block in range(self.start, self.end):
+                cache = self.caches.setdefault((block, lane), [])
+                assert len(cache) >= position
+                del cache[position:]
+                cache.append(row)
+                row = mix(block, cache)
+            out.append(row)
+            position += 1
+        return b"".join(out)
+
+
+def embed(token: int) -> bytes:
+    return blake2b(token.to_bytes(8, "big"), digest_size=ROW).digest()
+
+
+def next_token(row: bytes) -> int:
+    return int.from_bytes(row[:4], "big")
+
+
+def reference(prompt: list[int], steps: int) -> list[int]:
+    blocks, tokens = Blocks(0, BLOCKS), []
+    row = blocks.run(0, 0, b"".join(map(embed, prompt)))[-ROW:]
+    for step in range(steps):
+        tokens.append(next_token(row))
+        row = blocks.run(0, len(prompt) + step, embed(tokens[-1]))
+    return tokens
+
+
+@dataclass
+class Server:
+    name: bytes
+    machine: SessionMachine
+    blocks: Blocks
+    jobs: deque[Job] = field(default_factory=deque)
+    pending: list[tuple[bytes, object, bytes]] = field(default_factory=list)
+    """Data from a peer that is not the previous hop yet: parked until the rewire comes."""
+
+
+class World:
+    """Client and servers joined by ordered links; `step` makes one random thing happen."""
+
+    def __init__(self, seed: int, spans: list[tuple[int, int]], lose_logs: bool = False) -> None:
+        self.rng = random.Random(seed)
+        self.names = 0
+        self.servers: dict[bytes, Server] = {}
+        self.links: dict[tuple[bytes, bytes], deque] = {}
+        self.lose_logs = lose_logs
+        spec = ChainSpec(
+            session=SESSION, digest=b"d" * 32, start=0, end=BLOCKS, codec=Codec.FP32, cuts=(), max_length=200
+        )
+        self.chain = ChainMachine(spec, [self.hop(a, b) for a, b in spans])
+        self.results: deque[bytes] = deque()
+        for hop, open_ in self.chain.opens():
+            self.open(hop, open_)
+
+    def hop(self, start: int, end: int) -> Hop:
+        self.names += 1
+        return Hop(peer=b"server%d" % self.names, start=start, end=end)
+
+    def open(self, hop: Hop, open_: Open) -> None:
+        server = Server(hop.peer, SessionMachine(open_, b"client", HIDDEN), Blocks(hop.start, hop.end))
+        self.servers[hop.peer] = server
+        self.attach(server)
+
+    def attach(self, server: Server) -> None:
+        if server.machine.next:
+            self.send(server.name, server.machine.next, Attach(session=SESSION, start=server.machine.end))
+
+    def send(self, source: bytes, target: bytes, message: object, payload: bytes = b"") -> None:
+        if target in self.servers or target == b"client":
+            self.links.setdefault((source, target), deque()).append((message, payload))
+
+    def kill(self, hops: list[Hop]) -> None:
+        """Kill servers; the client repairs at once, with one or two replacements for each dead span."""
+        for hop in hops:
+            del self.servers[hop.peer]
+        self.links = {k: v for k, v in self.links.items() if not {k[0], k[1]} & {hop.peer for hop in hops}}
+        after: list[Hop] = []
+        for hop in self.chain.hops:
+            if hop not in hops:
+                after.append(hop)
+            elif hop.end - hop.start > 1 and self.rng.random() < 0.5:
+                middle = self.rng.randrange(hop.start + 1, hop.end)
+                after += [self.hop(hop.start, middle), self.hop(middle, hop.end)]
+            else:
+                after.append(self.hop(hop.start, hop.end))
+        repair = self.chain.repair(after)
+        for hop, open_ in repair.opens:
+            self.open(hop, open_)
+        for hop, rewire in repair.rewires:
+            self.send(b"client", hop.peer, rewire)
+
+    def step(self) -> bool:
+        """One event; False when nothing can happen any more."""
+        choices = [("deliver", key) for key, queue in self.links.items() if queue]
+        choices += [("compute", name) for name, server in self.servers.items() if server.jobs]
+        if not choices:
+            return False
+        what, key = self.rng.choice(choices)
+        if what == "deliver":
+            message, payload = self.links[key].popleft()
+            self.deliver(key[0], key[1], message, payload)
+        else:
+            self.compute(self.servers[key])
+        return True
+
+    def deliver(self, source: bytes, target: bytes, message: object, payload: bytes) -> None:
+        if target == b"client":
+            if self.chain.on_result(message) and message.want == Want.LAST:
+                self.results.append(payload)
+            return
+        server = self.servers[target]
+        if isinstance(message, Rewire):
+            if self.lose_logs:
+                server.machine.drop_log()
+            if not server.machine.on_rewire(message):
+                self.chain.replay()
+                self.pump_client()
+            if message.set_next:
+                self.attach(server)
+            parked, server.pending = server.pending, []
+            for origin, late, data in parked:
+                self.deliver(origin, target, late, data)
+        elif isinstance(message, Attached):
+            if source == server.machine.next and not server.machine.on_attached(message.received):
+                self.chain.replay()
+                self.pump_client()
+        elif source != server.machine.prev:
+            server.pending.append((source, message, payload))
+        elif isinstance(message, Attach):
+            self.send(target, source, Attached(received=server.machine.received))
+        elif isinstance(message, Truncate):
+            server.machine.on_truncate(source, message)
+        elif job := server.machine.on_data(source, message, payload):
+            server.jobs.append(job)
+        self.pump(server)
+
+    def compute(self, server: Server) -> None:
+        job = server.jobs.popleft()
+        if job.generation == server.machine._lanes[job.lane].generation:
+            output = server.blocks.run(job.lane, job.position, job.payload)
+            result = server.machine.on_computed(job, output)
+            if result is not None:
+                self.send(server.name, b"client", result, output[-ROW:])
+        self.pump(server)
+
+    def pump(self, server: Server) -> None:
+        while outgoing := server.machine.next_outgoing():
+            if server.machine.next in self.servers:
+                self.send(server.name, server.machine.next, outgoing.message, outgoing.payload)
+
+    def pump_client(self) -> None:
+        while outgoing := self.chain.next_outgoing():
+            self.send(b"client", self.chain.hops[0].peer, outgoing.message, outgoing.payload)
+
+    def generate(self, prompt: list[int], steps: int, killer) -> list[int]:
+        chunk = 3
+        for at in range(0, len(prompt), chunk):
+            piece = prompt[at : at + chunk]
+            want = Want.LAST if at + chunk >= len(prompt) else Want.NOTHING
+            self.chain.feed(b"".join(map(embed, piece)), len(piece), want)
+        tokens: list[int] = []
+        for _ in range(steps):
+            tokens.append(next_token(self.await_result(killer)))
+            self.chain.feed(embed(tokens[-1]), 1, Want.LAST)
+        return tokens
+
+    def await_result(self, killer) -> bytes:
+        self.pump_client()
+        while not self.results:
+            killer(self)
+            self.pump_client()
+            assert self.step() or self.results, "the chain is stuck"
+        return self.results.popleft()
+
+
+def test_undisturbed_chain_equals_the_blocks():
+    prompt = [1, 2, 3, 4, 5, 6, 7]
+    assert World(0, [(0, 2), (2, 4), (4, 6)]).generate(prompt, 8, lambda world: None) == reference(prompt, 8)
+
+
+@pytest.mark.parametrize("lose_logs", [False, True])
+@pytest.mark.parametrize(
+    "spans", [[(0, 6)], [(0, 3), (3, 6)], [(0, 2), (2, 4), (4, 6)], [(0, 1), (1, 2), (2, 5), (5, 6)]]
+)
+def test_tokens_survive_any_deaths(spans, lose_logs):
+    """Several deaths a run, also during replays, also two at once; with and without the servers' logs."""
+    prompt = [3, 1, 4, 1, 5, 9, 2, 6, 5]
+    expected = reference(prompt, 6)
+    for seed in range(60):
+        killing = random.Random(seed)
+
+        def killer(world: World, killing: random.Random = killing) -> None:
+            if killing.random() < 0.06:
+                count = min(len(world.chain.hops), killing.choice((1, 1, 2)))
+                world.kill(killing.sample(list(world.chain.hops), count))
+
+        assert World(seed, spans, lose_logs).generate(prompt, 6, killer) == expected, f"seed {seed}"
+
+
+def test_truncate_then_feed_again_gives_the_same_tokens():
+    world = World(7, [(0, 2), (2, 4), (4, 6)])
+    prompt = [1, 2, 3, 4, 5]
+    first = world.generate(prompt, 4, lambda w: None)
+    world.await_result(lambda w: None)
+    world.chain.truncate(len(prompt))
+    for token in first[:-1]:
+        world.chain.feed(embed(token), 1, Want.LAST)
+        again = next_token(world.await_result(lambda w: None))
+    assert again == first[-1]
+
+
+def test_truncations_survive_deaths():
+    """A truncation may die with the hop that was to pass it on; stale rows must not come back with its replacement."""
+    prompt = [2, 7, 1, 8]
+    expected = reference(prompt, 7)
+    for seed in range(60):
+        killing = random.Random(seed)
+
+        def killer(world: World, killing: random.Random = killing) -> None:
+            if killing.random() < 0.06:
+                world.kill([killing.choice(world.chain.hops)])
+
+        world = World(seed, [(0, 2), (2, 4), (4, 6)])
+        world.generate(prompt, 3, killer)
+        world.await_result(killer)
+        for keep in (2, 0, 1):
+            world.chain.truncate(len(prompt) + keep)
+            tokens = expected[: keep + 1]
+            while len(tokens) < 7:
+                world.chain.feed(embed(tokens[-1] if len(tokens) > keep else 0), 1, Want.LAST)
+                tokens.append(next_token(world.await_result(killer)))
+            assert tokens == expected, f"seed {seed} after truncation to {keep}"
+
+
+def test_truncate_while_rows_are_under_way_is_our_bug():
+    world = World(0, [(0, 6)])
+    world.chain.feed(embed(1), 1, Want.LAST)
+    with pytest.raises(LocalProtocolError, match="under way"):
+        world.chain.truncate(0)
+
+
+def machine(**changes) -> SessionMachine:
+    fields = {"session": SESSION, "digest": b"d" * 32, "start": 0, "end": 2, "codec": 0, "cuts": (), "lanes": 2}
+    fields |= {"max_length": 8, "epoch": 3, "prev": b"up"}
+    return SessionMachine(Open(**{**fields, **changes}), b"client", HIDDEN)
+
+
+def data(**changes) -> tuple[Data, bytes]:
+    fields = {"session": SESSION, "epoch": 3, "lane": 0, "position": 0, "count": 1}
+    message = Data(**{**fields, **changes})
+    return message, bytes(ROW * message.count)
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"position": 1}, "do not follow"),
+        ({"position": 7, "count": 2, "epoch": 4}, "past the session's length"),
+        ({"lane": 2}, "lane 2"),
+        ({"session": b"x" * 16}, "another session"),
+        ({"payload_kind": int(Kind.TOKENS)}, "does not embed"),
+    ],
+)
+def test_faulty_rows_are_the_peers_fault(changes, fault):
+    with pytest.raises(RemoteProtocolError, match=fault):
+        machine().on_data(b"up", *data(**changes))
+
+
+def test_rows_from_anyone_but_the_previous_hop_are_refused():
+    with pytest.raises(RemoteProtocolError, match="previous hop"):
+        machine().on_data(b"client", *data())
+
+
+def test_wrong_payload_size_is_refused():
+    message, payload = data()
+    with pytest.raises(RemoteProtocolError, match="bytes"):
+        machine().on_data(b"up", message, payload + b"x")
+
+
+def test_stale_and_duplicate_rows_are_dropped_silently():
+    m = machine()
+    assert m.on_data(b"up", *data()) is not None
+    assert m.on_data(b"up", *data()) is None
+    assert m.on_data(b"up", *data(epoch=2)) is None
+    assert m.on_data(b"up", *data(epoch=4)) is not None
+
+
+def test_lanes_rewind_alone():
+    m = machine()
+    for lane in (0, 1):
+        m.on_data(b"up", *data(lane=lane))
+    m.on_truncate(b"up", Truncate(session=SESSION, epoch=4, lane=0, position=0))
+    assert m.progress(0).received == (0, 1)
+
+
+def test_an_old_rewire_changes_nothing():
+    m = machine(next=b"down")
+    m.on_rewire(Rewire(epoch=5, set_next=True, next=b"new"))
+    m.on_rewire(Rewire(epoch=4, set_next=True, next=b"old"))
+    assert m.next == b"new"
+
+
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=12), st.data())
+def test_log_reads_back_what_was_written(counts, draw):
+    log, rows = OutputLog(), []
+    for count in counts:
+        payload = b"".join(bytes([len(rows) + i, 7]) for i in range(count))
+        log.append(Entry(len(rows), count, 1, payload))
+        rows += [payload[2 * i : 2 * i + 2] for i in range(count)]
+    cut = draw.draw(st.integers(0, len(rows)))
+    log.cut(cut)
+    start, acked = draw.draw(st.integers(0, cut)), draw.draw(st.integers(0, cut))
+    position, got = start, []
+    while entry := log.read(position, acked):
+        assert entry.position == position
+        got += [entry.payload[2 * i : 2 * i + 2] for i in range(entry.count)]
+        position = entry.end
+    assert got == rows[start:cut]
+    assert log.size_bytes == 2 * cut
+
+
+def test_log_budget_evicts_the_longest_idle_and_never_the_asker():
+    budget = LogBudget(100)
+    assert budget.charge("a", 60) == []
+    assert budget.charge("b", 30) == []
+    assert budget.charge("a", 65) == []
+    assert budget.charge("c", 50) == ["b", "a"]
+    assert budget.charge("c", 500) == []
+    assert budget.used_bytes == 500
