@@ -8,9 +8,10 @@ once, by the client, and a new tail after a failover continues the same text.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
+
+import msgpack
 
 from .errors import ConfigError, RemoteProtocolError
 
@@ -20,6 +21,7 @@ MAX_PENALTY: Final = 100.0
 MAX_LOOKBACK: Final = 2**20
 """Tokens of history the penalties may look at."""
 MAX_SEED: Final = 2**63 - 1
+MAX_WIRE_BYTES: Final = 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,23 +68,25 @@ class SamplingParams:
         """The choice depends on the history, not on the logits alone."""
         return (self.repetition_penalty, self.frequency_penalty, self.presence_penalty) != (1.0, 0.0, 0.0)
 
-    def to_wire(self) -> dict[int, int | float]:
-        """A msgpack map with integer keys; values equal to the default are left out."""
-        wire: dict[int, int | float] = {}
-        for key, name in _WIRE_KEYS.items():
-            value = getattr(self, name)
-            if value != getattr(_DEFAULT, name):
-                wire[key] = value
-        return wire
+    def to_wire(self) -> bytes:
+        """A msgpack map with integer keys; values equal to the default are left out. At most MAX_WIRE_BYTES."""
+        values = {key: getattr(self, name) for key, name in _WIRE_KEYS.items()}
+        changed = {key: value for key, value in values.items() if value != getattr(_DEFAULT, _WIRE_KEYS[key])}
+        packed: bytes = msgpack.packb(changed)
+        return packed
 
     @classmethod
-    def from_wire(cls, wire: object) -> SamplingParams:
-        """Parse a peer's map; unknown keys are ignored. Raises RemoteProtocolError on values out of range."""
-        if not isinstance(wire, Mapping):
+    def from_wire(cls, data: bytes) -> SamplingParams:
+        """Parse a peer's bytes; unknown keys are ignored. Raises RemoteProtocolError on junk and bad values."""
+        if len(data) > MAX_WIRE_BYTES:
+            raise RemoteProtocolError(f"sampling parameters of {len(data)} bytes: at most {MAX_WIRE_BYTES}")
+        try:
+            wire = msgpack.unpackb(data, strict_map_key=False, max_ext_len=0)
+        except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as exc:
+            raise RemoteProtocolError(f"sampling parameters are not valid msgpack: {exc}") from exc
+        if not isinstance(wire, dict):
             raise RemoteProtocolError(f"sampling parameters are {type(wire).__name__}, expected a map")
-        values: dict[str, Any] = {
-            _WIRE_KEYS[key]: value for key, value in wire.items() if isinstance(key, int) and key in _WIRE_KEYS
-        }
+        values = {_WIRE_KEYS[key]: value for key, value in wire.items() if key in _WIRE_KEYS}
         try:
             return cls(**values)
         except ConfigError as exc:
