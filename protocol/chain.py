@@ -125,7 +125,8 @@ class ChainMachine:
         self.epoch += 1
         state.epoch = self.epoch
         state.log.cut(position)
-        state.cursor = state.acked = state.cut = position
+        state.cursor = min(state.cursor, position)
+        state.acked = state.cut = position
         state.truncate_to = position
 
     def next_outgoing(self) -> Outgoing | None:

@@ -15,7 +15,7 @@ Because results are bit-identical within a compute class, recomputing a cached r
 a replay to one hop, and the rewind it causes in the next, safe. Three rules keep a repair from losing rows:
 
   * A rewire raises only the epoch of what goes *out*. Rows still coming in under the old epoch stay valid.
-  * A computed row is dropped only if its lane was rewound since (the generation), never because the epoch moved on.
+  * A computed row is dropped only if its lane was rewound below it since, never because the epoch moved on.
   * Sending is reading the output log from a cursor; a rewire moves the cursor. Rows that were under way when a hop
     died are in the log, so they go to its replacement without the client sending them again.
 """
@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from .errors import RemoteProtocolError
-from .messages import MAX_POSITION, Data, Kind, Open, Progress, Result, Rewire, Truncate
+from .messages import MAX_POSITION, Data, Kind, Open, Progress, Result, Rewire, Truncate, Want
 from .session_log import Entry, OutputLog
 from .tensors import Codec, payload_size
 
@@ -39,9 +39,8 @@ class Job:
     position: int
     """First row; the lane's KV cache must be cut to this length before the rows are run."""
     count: int
-    epoch: int
-    generation: int
-    """The lane's generation when the job was made; results of an older generation are dropped."""
+    number: int
+    """Counts the session's jobs."""
     payload_kind: int
     want: int
     payload: bytes
@@ -60,7 +59,8 @@ class _Lane:
     epoch: int
     received: int = 0
     computed: int = 0
-    generation: int = 0
+    pending: dict[int, int] = field(default_factory=dict)
+    """Jobs under way: number -> position up to which their rows are still wanted."""
     cursor: int = 0
     """Next position to send to the next hop."""
     floor: int = MAX_POSITION
@@ -69,6 +69,9 @@ class _Lane:
     """Positions whose results the client has."""
     truncate_to: int | None = None
     """A truncation the next hop has not been told of."""
+    ceiling_epoch: int = 0
+    """Rows of a lower epoch than this are valid below `ceiling` only: a truncation is on its way behind them."""
+    ceiling: int = MAX_POSITION
     log: OutputLog = field(default_factory=OutputLog)
 
 
@@ -90,6 +93,7 @@ class SessionMachine:
         self._lanes = [_Lane(epoch=open_.epoch) for _ in range(open_.lanes)]
         self.next_known = not open_.resume
         """We know which rows the next hop has; until then nothing is sent to it."""
+        self._jobs = 0
         self._set_acked(open_.acked)
 
     @property
@@ -109,47 +113,45 @@ class SessionMachine:
         """
         lane = self._lane(source, data.session, data.lane)
         self._check_payload(data, payload)
-        known = self._admit(lane, data)
-        if known >= data.count:
+        start, end = self._admit(lane, data)
+        if start >= end:
             return None
-        lane.received = data.position + data.count
+        lane.received = end
+        row = len(payload) // data.count
         return Job(
             lane=data.lane,
-            position=data.position + known,
-            count=data.count - known,
-            epoch=data.epoch,
-            generation=lane.generation,
+            position=start,
+            count=end - start,
+            number=self._number(lane, end),
             payload_kind=data.payload_kind,
             want=data.want,
-            payload=payload[known * (len(payload) // data.count) :] if known else payload,
+            payload=payload[(start - data.position) * row : (end - data.position) * row],
         )
 
-    def _admit(self, lane: _Lane, data: Data) -> int:
-        """The table in the module's docstring. Returns how many of the rows to drop."""
+    def _admit(self, lane: _Lane, data: Data) -> tuple[int, int]:
+        """The table in the module's docstring. Returns the rows [start, end) to compute, if any."""
         end = data.position + data.count
         if end > self.max_length:
             raise RemoteProtocolError(f"row {end} is past the session's length of {self.max_length}")
-        if data.epoch < lane.epoch:
-            return data.count
+        if data.epoch < lane.ceiling_epoch:
+            end = min(end, lane.ceiling)
+        if data.epoch < lane.epoch or end <= data.position:
+            return end, end
         if data.position > lane.received:
             raise RemoteProtocolError(
                 f"rows from {data.position} do not follow row {lane.received} of lane {data.lane}"
             )
         if data.epoch > lane.epoch:
             self._rewind(lane, data.position, data.epoch)
-        return lane.received - data.position
+        return lane.received, end
 
     def on_truncate(self, source: bytes, truncate: Truncate) -> int | None:
         """Forget rows from `position` on. Returns the new length for the KV cache; None when stale."""
         lane = self._lane(source, truncate.session, truncate.lane)
-        if truncate.epoch <= lane.epoch:
+        if truncate.epoch < lane.epoch:
             return None
-        if truncate.position > lane.received:
-            raise RemoteProtocolError(
-                f"cannot truncate lane {truncate.lane} to {truncate.position}: it has {lane.received}"
-            )
         self._truncate(lane, truncate.position, truncate.epoch)
-        return truncate.position
+        return lane.received
 
     def _truncate(self, lane: _Lane, position: int, epoch: int) -> None:
         position = min(position, lane.received)
@@ -159,8 +161,7 @@ class SessionMachine:
 
     def _rewind(self, lane: _Lane, position: int, epoch: int) -> None:
         lane.epoch = epoch
-        if position < lane.received:
-            lane.generation += 1
+        lane.pending = {number: min(end, position) for number, end in lane.pending.items()}
         lane.received = position
         lane.computed = min(lane.computed, position)
         lane.cursor = min(lane.cursor, position)
@@ -170,13 +171,25 @@ class SessionMachine:
     def on_computed(self, job: Job, output: bytes) -> Result | None:
         """A job is done. At the tail: the Result to send, with `output` as payload. Else the rows go out by the log."""
         lane = self._lanes[job.lane]
-        if job.generation != lane.generation:
+        end = lane.pending.pop(job.number)
+        count = end - job.position
+        if count <= 0:
             return None
-        lane.computed = job.position + job.count
+        want = job.want if count == job.count else int(Want.NOTHING)
+        lane.computed = end
         if self.is_tail:
-            return Result(epoch=lane.epoch, lane=job.lane, position=job.position, count=job.count, want=job.want)
-        lane.log.append(Entry(job.position, job.count, job.want, output))
+            return Result(epoch=lane.epoch, lane=job.lane, position=job.position, count=count, want=want)
+        lane.log.append(Entry(job.position, count, want, output[: len(output) // job.count * count]))
         return None
+
+    def is_wanted(self, job: Job) -> bool:
+        """Whether any of the job's rows still are: a rewind may have made it pointless while it waited."""
+        return self._lanes[job.lane].pending[job.number] > job.position
+
+    def _number(self, lane: _Lane, end: int) -> int:
+        self._jobs += 1
+        lane.pending[self._jobs] = end
+        return self._jobs
 
     def on_rewire(self, rewire: Rewire) -> bool:
         """A neighbour was replaced. An empty next hop gets the log again; one in the session says where to go on.
@@ -189,7 +202,7 @@ class SessionMachine:
         self._set_acked(rewire.acked)
         if rewire.set_prev:
             self.prev = rewire.prev or self.opener
-            self._catch_up_on_truncations(rewire)
+        self._catch_up_on_truncations(rewire)
         if rewire.set_next:
             self.next, self.next_addresses = rewire.next, rewire.next_addresses
             self.next_known = not rewire.resume
@@ -199,10 +212,18 @@ class SessionMachine:
         return not self.next_known or self._log_reaches_back
 
     def _catch_up_on_truncations(self, rewire: Rewire) -> None:
-        """The old previous hop may have died with a truncation it had not passed on."""
+        """A truncation may still be on its way to this hop, or have died with the old previous one.
+
+        Either way no row beyond it may leave under the rewire's epoch, for that epoch says: after the truncation.
+        """
         for lane, epoch, position in zip(self._lanes, rewire.cut_epochs, rewire.cuts, strict=False):
-            if epoch > lane.epoch:
+            if epoch <= lane.epoch:
+                continue
+            if rewire.set_prev:
                 self._truncate(lane, position, epoch)
+            else:
+                lane.ceiling_epoch, lane.ceiling = epoch, position
+                self._rewind(lane, min(position, lane.received), lane.epoch)
 
     def on_attached(self, received: Sequence[int]) -> bool:
         """The next hop says which rows it has. Returns False if rows it lacks were dropped here: see on_rewire."""
