@@ -11,15 +11,16 @@ the two half round trips to us: the true value lies anywhere between their diffe
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Final
+from math import inf
+from typing import Final, NamedTuple
 
 from ..protocol.ids import PeerId
-from .announce import PREFILL_TOKENS, State
+from .announce import PREFILL_TOKENS, Announcement, State
 from .coordinates import Coordinate
-from .metrics import UNKNOWN_BANDWIDTH, Metrics
+from .metrics import UNKNOWN_BANDWIDTH, Metrics, PeerMetrics
 from .swarm import ServerInfo, SwarmView
 
 HOP_OVERHEAD_S: Final = 0.001
@@ -127,9 +128,21 @@ class CostTerms:
         yield "risk", self.risk_s
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+class Leg(NamedTuple):
+    """The way between two ends: what a hop pays before the server has its input."""
+
+    network_s: float
+    transfer_s: float
+
+    @property
+    def total_s(self) -> float:
+        """Both together."""
+        return self.network_s + self.transfer_s
+
+
+@dataclass(slots=True)
 class Place:
-    """Where a peer is on the network, as this request feels it."""
+    """Where a peer is on the network, as this request feels it. Never changed; frozen would cost 3 us a server."""
 
     peer: PeerId
     half_s: float
@@ -139,9 +152,9 @@ class Place:
     coordinate: Coordinate | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True)
 class Candidate:
-    """A server that may run blocks [start, end) for this request, with its prices."""
+    """A server that may run blocks [start, end) for this request, with its prices. Never changed once built."""
 
     server: ServerInfo
     place: Place
@@ -150,15 +163,12 @@ class Candidate:
     block_s: float
     """Seconds per block for this request's tokens."""
     risk_s: float
-    entry: CostTerms
-    """Network and transfer from the upstream end (client or server) when it is the first hop."""
-    exit: CostTerms
-    """Network and transfer to the downstream end when it is the last hop."""
-
-    @property
-    def visit_s(self) -> float:
-        """Paid once a hop, wherever it comes from."""
-        return HOP_OVERHEAD_S + self.server.queue_s + self.risk_s
+    visit_s: float
+    """Paid once a hop, wherever it comes from: overhead, queue and risk."""
+    entry: Leg
+    """From the upstream end (client or server) when it is the first hop."""
+    exit: Leg
+    """To the downstream end when it is the last hop."""
 
 
 class Links:
@@ -167,14 +177,15 @@ class Links:
     def __init__(self, special: dict[tuple[PeerId, PeerId], float | None]) -> None:
         self.special = special
 
-    def terms(self, sender: Place, receiver: Place) -> CostTerms:
-        """Network and transfer of one hop from server to server."""
-        if (sender.peer, receiver.peer) not in self.special:
-            return CostTerms(network_s=estimate_s(sender, receiver), transfer_s=wire_s(sender, receiver))
-        measured = self.special[sender.peer, receiver.peer]
+    def leg(self, sender: Place, receiver: Place) -> Leg:
+        """One hop from server to server."""
+        special = self.special
+        if not special or (sender.peer, receiver.peer) not in special:
+            return Leg(estimate_s(sender, receiver), wire_s(sender, receiver))
+        measured = special[sender.peer, receiver.peer]
         if measured is not None:
-            return CostTerms(network_s=measured, transfer_s=wire_s(sender, receiver))
-        return CostTerms(network_s=sender.half_s + receiver.half_s, transfer_s=sender.transfer_s + receiver.transfer_s)
+            return Leg(measured, wire_s(sender, receiver))
+        return Leg(sender.half_s + receiver.half_s, sender.transfer_s + receiver.transfer_s)
 
 
 def estimate_s(sender: Place, receiver: Place) -> float:
@@ -211,6 +222,7 @@ class Pricing:
         self.start = request.start
         self.end = view.num_blocks if request.end is None else request.end
         self._classes = _merged(request.classes)
+        self._excluded = _excluded(request)
         self.links = Links(metrics.special_hops(now))
         self._upstream = self._end_place(request.upstream)
         self._downstream = self._end_place(request.downstream)
@@ -220,102 +232,106 @@ class Pricing:
         ruled_out: Counter[Reason] = Counter()
         usable = []
         for server in self._view.servers:
-            spans = self._spans(server)
-            if not spans:
+            announced = server.announcement
+            low, high = max(announced.start, self.start), min(announced.end, self.end)
+            if low >= high:
                 continue
-            reason = self._reason(server, spans)
+            reason = self._reason(server, announced)
             if reason is not None:
                 ruled_out[reason] += 1
-                continue
-            usable += [self._price(server, start, end) for start, end in spans if start < end]
+            elif not self._classes:
+                usable.append(self._price(server, low, high))
+            else:
+                usable += [self._price(server, *span) for span in self._spans(announced, low, high)]
         return usable, ruled_out
 
-    def _spans(self, server: ServerInfo) -> list[tuple[int, int]]:
-        """The parts of the request a server could run; an empty part marks blocks of another class only."""
-        low, high = max(server.start, self.start), min(server.end, self.end)
-        if low >= high or not self._classes:
-            return [(low, high)] if low < high else []
-        own = server.announcement.compute_class
-        parts = [
+    def metric_ends(self, candidates: Sequence[Candidate]) -> tuple[bool, bool]:
+        """Whether links from the upstream end, and to the downstream end, obey the triangle inequality.
+
+        They do when that end is a server and everybody has coordinates; our own measured links obey nothing, and
+        neither does a server that must come first or last.
+        """
+        located = not self.links.special and all(c.place.coordinate is not None for c in candidates)
+        roles = self._request.need_embed or self._request.need_head
+        ends = (None, None) if roles else (self._upstream, self._downstream)
+        upstream, downstream = (located and place is not None and place.coordinate is not None for place in ends)
+        return upstream, downstream
+
+    def _spans(self, announced: Announcement, low: int, high: int) -> list[tuple[int, int]]:
+        """The parts of [low, high) that a server of this class may run."""
+        return [
             (max(low, start), min(high, end))
             for start, end, compute_class in self._classes
-            if compute_class == own and max(low, start) < min(high, end)
+            if compute_class == announced.compute_class and max(low, start) < min(high, end)
         ]
-        return parts or [(low, low)]
 
-    def _reason(self, server: ServerInfo, spans: list[tuple[int, int]]) -> Reason | None:
-        request, peer, state = self._request, server.peer, server.announcement.state
+    def _reason(self, server: ServerInfo, announced: Announcement) -> Reason | None:
+        request, state, peer = self._request, announced.state, announced.peer
         if state is not State.ONLINE:
             return Reason.LOADING if state is State.JOINING else Reason.DRAINING
-        if peer in request.deny or (request.allow is not None and peer not in request.allow):
+        if self._excluded and peer in self._excluded:
+            return self._excluded[peer]
+        if request.allow is not None and peer not in request.allow:
             return Reason.DENIED
-        if peer in request.failed or peer in request.in_use:
-            return Reason.FAILED if peer in request.failed else Reason.IN_USE
-        if peer in request.banned:
-            return Reason.BANNED
-        if all(start == end for start, end in spans):
+        if self._classes and not self._spans(announced, max(announced.start, self.start), min(announced.end, self.end)):
             return Reason.CLASS
-        return Reason.KV if server.kv_free < request.kv_tokens else None
+        return Reason.KV if request.kv_tokens and server.kv_free < request.kv_tokens else None
 
     def _price(self, server: ServerInfo, start: int, end: int) -> Candidate:
-        announced = server.announcement
-        decode_s, prefill_s = announced.decode_s, announced.prefill_s
-        known = self._metrics.peer(server.peer)
-        if known is not None and known.decode is not None:
-            decode_s = known.decode.against(decode_s, self._now)
-        if known is not None and known.prefill is not None:
-            prefill_s = known.prefill.against(prefill_s, self._now)
-        place = self._place(server.peer, announced.coordinate)
+        announced, now = server.announcement, self._now
+        decode_s, prefill_s, risk_s = announced.decode_s, announced.prefill_s, 0.0
+        known = self._metrics.peer(announced.peer)
+        if known is not None:
+            decode_s = known.decode.against(decode_s, now) if known.decode is not None else decode_s
+            prefill_s = known.prefill.against(prefill_s, now) if known.prefill is not None else prefill_s
+            risk_s = FAILURE_PRICE_S * self._metrics.failure_rate(announced.peer, now)
+        place, bandwidth = self._place(announced.peer, announced.coordinate, known)
         return Candidate(
-            server=server,
-            place=place,
-            start=start,
-            end=end,
-            block_s=step_s(decode_s, prefill_s, self._request.tokens),
-            risk_s=FAILURE_PRICE_S * self._metrics.failure_rate(server.peer, self._now),
-            entry=self._entry(place),
-            exit=self._exit(place),
+            server,
+            place,
+            start,
+            end,
+            step_s(decode_s, prefill_s, self._request.tokens),
+            risk_s,
+            HOP_OVERHEAD_S + server.queue_s + risk_s,
+            self._entry(place, bandwidth),
+            self._exit(place, bandwidth),
         )
 
-    def _entry(self, place: Place) -> CostTerms:
+    def _entry(self, place: Place, bandwidth: float) -> Leg:
         if self._upstream is not None:
-            return self.links.terms(self._upstream, place)
+            return self.links.leg(self._upstream, place)
         request = self._request
         per_token = TOKEN_BYTES if request.need_embed else request.bytes_per_token
-        return CostTerms(network_s=place.half_s, transfer_s=self._bytes_s(place.peer, request.tokens * per_token))
+        return Leg(place.half_s, (request.tokens * per_token + FRAME_BYTES) / bandwidth)
 
-    def _exit(self, place: Place) -> CostTerms:
+    def _exit(self, place: Place, bandwidth: float) -> Leg:
         if self._downstream is not None:
-            return self.links.terms(place, self._downstream)
+            return self.links.leg(place, self._downstream)
         request = self._request
         per_token = TOKEN_BYTES if request.need_head else request.bytes_per_token
-        size = min(request.returned_tokens, request.tokens) * per_token
-        return CostTerms(network_s=place.half_s, transfer_s=self._bytes_s(place.peer, size))
+        tokens = min(request.returned_tokens, request.tokens)
+        return Leg(place.half_s, (tokens * per_token + FRAME_BYTES) / bandwidth)
 
-    def _place(self, peer: PeerId, coordinate: Coordinate | None) -> Place:
-        known = self._metrics.peer(peer)
-        jitter_s = known.jitter.value if known is not None and known.jitter is not None else 0.0
-        rtt_s = 0.0 if peer == self._request.client else self._metrics.rtt_s(peer, coordinate, self._now)
-        return Place(
-            peer=peer,
-            half_s=(rtt_s + jitter_s) / 2,
-            transfer_s=self._bytes_s(peer, self._request.tokens * self._request.bytes_per_token),
-            coordinate=coordinate if coordinate is not None and coordinate.error <= _BLURRED else None,
-        )
-
-    def _bytes_s(self, peer: PeerId, size: int) -> float:
+    def _place(self, peer: PeerId, coordinate: Coordinate | None, known: PeerMetrics | None) -> tuple[Place, float]:
+        """A peer's place and the bandwidth between it and us."""
+        size = self._request.tokens * self._request.bytes_per_token + FRAME_BYTES
+        sharp = coordinate if coordinate is not None and coordinate.error <= _BLURRED else None
         if peer == self._request.client:
-            return 0.0
-        known = self._metrics.peer(peer)
-        measured = known.bandwidth if known is not None else None
-        bandwidth = UNKNOWN_BANDWIDTH if measured is None else measured.against(UNKNOWN_BANDWIDTH, self._now)
-        return (size + FRAME_BYTES) / bandwidth
+            return Place(peer, 0.0, 0.0, sharp), inf
+        bandwidth, jitter_s = UNKNOWN_BANDWIDTH, 0.0
+        if known is not None:
+            bandwidth = known.bandwidth.against(bandwidth, self._now) if known.bandwidth is not None else bandwidth
+            jitter_s = known.jitter.value if known.jitter is not None else 0.0
+        rtt_s = self._metrics.rtt_s(peer, coordinate, self._now)
+        return Place(peer, (rtt_s + jitter_s) / 2, size / bandwidth, sharp), bandwidth
 
     def _end_place(self, peer: PeerId | None) -> Place | None:
         if peer is None:
             return None
         server = self._view.server(peer)
-        return self._place(peer, server.announcement.coordinate if server is not None else None)
+        coordinate = server.announcement.coordinate if server is not None else None
+        return self._place(peer, coordinate, self._metrics.peer(peer))[0]
 
 
 def floor_s(place: Place) -> float:
@@ -327,6 +343,14 @@ def floor_s(place: Place) -> float:
     if place.coordinate is not None:
         half_s = min(half_s, place.coordinate.height / 2)
     return half_s + place.transfer_s / 2
+
+
+def _excluded(request: PlanRequest) -> dict[PeerId, Reason]:
+    """Every peer the request rules out by name, with the weightiest reason."""
+    reasons = dict.fromkeys(request.banned, Reason.BANNED)
+    reasons |= dict.fromkeys(request.in_use, Reason.IN_USE)
+    reasons |= dict.fromkeys(request.failed, Reason.FAILED)
+    return reasons | dict.fromkeys(request.deny, Reason.DENIED)
 
 
 def _merged(classes: tuple[tuple[int, int, bytes], ...]) -> list[tuple[int, int, bytes]]:

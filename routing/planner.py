@@ -16,6 +16,7 @@ from typing import Final
 from ..protocol.errors import ConfigError, NoRoute
 from ..protocol.ids import PeerId
 from .announce import State
+from .bounds import WORTHWHILE, Bound, narrowed, sample
 from .cost import HOP_OVERHEAD_S, Candidate, CostTerms, Links, PlanRequest, Policy, Pricing, Reason, wire_s
 from .metrics import Metrics
 from .search import Found, Search
@@ -89,10 +90,43 @@ class _Roles:
 
 
 def _find(policy: Policy, candidates: Sequence[Candidate], pricing: Pricing, roles: _Roles) -> Found | None:
-    start, end = pricing.start, pricing.end
-    if policy is Policy.MIN_LATENCY:
-        return Search(candidates, pricing.links, start, end, first=roles.first, last=roles.last).best()
-    return _Widest(candidates, pricing.links, start, end, roles).best()
+    if policy is Policy.MAX_THROUGHPUT:
+        return _Widest(candidates, pricing.links, pricing.start, pricing.end, roles).best()
+    return _Fastest(candidates, pricing, roles).best()
+
+
+class _Fastest:
+    """The chain of least latency: a quick search for an upper bound, then the exact one among what may beat it."""
+
+    def __init__(self, candidates: Sequence[Candidate], pricing: Pricing, roles: _Roles) -> None:
+        self._candidates, self._pricing, self._roles = candidates, pricing, roles
+        self._metric_ends = pricing.metric_ends(candidates)
+
+    def best(self) -> Found | None:
+        everyone = range(len(self._candidates))
+        start, end = self._pricing.start, self._pricing.end
+        if len(everyone) < WORTHWHILE or self._pricing.links.special:
+            return self._among(everyone)
+        quick = self._among(sample(self._candidates, start, end, self._roles.first, self._roles.last))
+        if quick is None:
+            return self._among(everyone)
+        kept, bound = narrowed(self._candidates, start, end, quick.cost, self._metric_ends)
+        return self._among(kept, bound)
+
+    def _among(self, indices: Sequence[int], bound: Bound | None = None) -> Found | None:
+        found = Search(
+            [self._candidates[index] for index in indices],
+            self._pricing.links,
+            self._pricing.start,
+            self._pricing.end,
+            first=[self._roles.first[index] for index in indices],
+            last=[self._roles.last[index] for index in indices],
+            bound=bound,
+            metric_ends=self._metric_ends,
+        ).best()
+        if found is None:
+            return None
+        return replace(found, runs=tuple((indices[number], start, end) for number, start, end in found.runs))
 
 
 class _Widest:
@@ -206,9 +240,10 @@ def _explain(found: Found, candidates: Sequence[Candidate], links: Links) -> Pla
     slowest_s = candidates[found.runs[-1][0]].exit.transfer_s
     for index, start, end in found.runs:
         candidate = candidates[index]
-        link = candidate.entry if before is None else links.terms(before.place, candidate.place)
-        terms = replace(
-            link,
+        leg = candidate.entry if before is None else links.leg(before.place, candidate.place)
+        terms = CostTerms(
+            network_s=leg.network_s,
+            transfer_s=leg.transfer_s,
             overhead_s=HOP_OVERHEAD_S,
             queue_s=candidate.server.queue_s,
             compute_s=(end - start) * candidate.block_s,
@@ -224,10 +259,11 @@ def _explain(found: Found, candidates: Sequence[Candidate], links: Links) -> Pla
             )
         )
         # a relayed hop is two links, each busy with its own frame while the other carries the next
-        wire = link.transfer_s if before is None else wire_s(before.place, candidate.place)
+        wire = leg.transfer_s if before is None else wire_s(before.place, candidate.place)
         slowest_s = max(slowest_s, wire, terms.compute_s)
         before = candidate
-    back = candidates[found.runs[-1][0]].exit
+    way_back = candidates[found.runs[-1][0]].exit
+    back = CostTerms(network_s=way_back.network_s, transfer_s=way_back.transfer_s)
     total_s = sum(hop.terms.total_s for hop in hops) + back.total_s
     return Plan(hops=tuple(hops), back=back, total_s=total_s, steps_per_s=1.0 / slowest_s)
 

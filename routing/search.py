@@ -10,8 +10,9 @@ floor, the scan for q ends at the first one that cannot win.
 
 *Only span ends matter.* Suppose links obey the triangle inequality and the chain changes from p to q in the middle of
 both spans. If q's block is no faster, moving the change one block later costs nothing; else moving it earlier gains. So
-an optimal chain exists that changes only where p's span ends or q's begins, or, since the client's own links and the
-roles of first and last hop obey no triangle, one block after the start or before the end. With measured links, limits
+an optimal chain exists that changes only where p's span ends or q's begins. The client's own links and the roles of
+first and last hop obey no triangle, so one block after the start and one before the end all pairs are scanned; so they
+are in a repair at an end that is the client. With measured links, limits
 on a run, or windows (below), all pairs are scanned, with the early stop alone.
 
 A chain names a server once. Shortest paths do not know that, so a chain that comes back to a server is split in two
@@ -26,6 +27,7 @@ from dataclasses import dataclass
 from math import hypot, inf
 from typing import Final
 
+from .bounds import Bound
 from .cost import Candidate, Links, floor_s
 
 MAX_BRANCHES: Final = 128
@@ -58,6 +60,8 @@ class Search:
         first: Sequence[bool],
         last: Sequence[bool],
         limits: Sequence[int] | None = None,
+        bound: Bound | None = None,
+        metric_ends: tuple[bool, bool] = (False, False),
     ) -> None:
         self._start, self._end = start, end
         self._first, self._last, self._limits = first, last, limits
@@ -79,10 +83,17 @@ class Search:
         self._special = _special_links(candidates, links)
         self._all_located = all(self._located)
         self._metric = not self._special and (self._all_located or not any(self._located))
+        bound = bound or Bound(inf, (0.0,) * (end - start + 1), (0.0,) * len(candidates))
+        self._room = [bound.cost - rest for rest in bound.rest]
+        self._leave = bound.leave
+        odd = zip((start + 1, end - 1), metric_ends, strict=True)
+        self._odd_borders = [border for border, metric in odd if not metric]
         self._cover: list[list[int]] = [[] for _ in range(end - start)]
+        self._starting: list[list[int]] = [[] for _ in range(end - start)]
         for index, candidate in enumerate(candidates):
-            for border in range(candidate.start, candidate.end):
-                self._cover[border - start].append(index)
+            self._starting[candidate.start - start].append(index)
+            for column in self._cover[candidate.start - start : candidate.end - start]:
+                column.append(index)
 
     def best(self) -> Found | None:
         """The cheapest chain that names no server twice, or None."""
@@ -151,15 +162,20 @@ class Search:
         if border == self._start:
             return [(self._entry[q] + self._visit[q], q, (q, border, None)) for q in cover if self._first[q]]
         floor = self._floor
-        leaving = [(cost[p] + floor[p], p) for p in self._cover[border - 1 - self._start] if cost[p] < inf]
+        room, leave = self._room[border - self._start], self._leave
+        before = self._cover[border - 1 - self._start]
+        leaving = [(cost[p] + floor[p], p) for p in before if cost[p] + leave[p] < room]
         ended = sorted([pair for pair in leaving if self._ends[pair[1]] == border])
-        everyone = general or border in (self._start + 1, self._end - 1)
-        if everyone or any(self._starts[q] == border for q in cover):
+        everyone = general or border in self._odd_borders
+        starting = self._starting[border - self._start]
+        if everyone or starting:
             leaving.sort()
         found = []
-        for q in cover:
+        for q in cover if everyone or ended else starting:
             sources = leaving if everyone or self._starts[q] == border else ended
-            worst = inf if self._limits is not None else cost[q]
+            worst = room - leave[q]
+            if self._limits is None and cost[q] < worst:
+                worst = cost[q]
             hopeless = not sources or sources[0][0] + floor[q] + self._visit[q] >= worst
             if hopeless and q not in self._special:
                 continue
@@ -286,6 +302,6 @@ def _special_links(candidates: Sequence[Candidate], links: Links) -> dict[int, d
     for sender, receiver in links.special:
         for p in by_peer.get(sender.raw, ()):
             for q in by_peer.get(receiver.raw, ()):
-                terms = links.terms(candidates[p].place, candidates[q].place)
-                special.setdefault(q, {})[p] = terms.total_s
+                leg = links.leg(candidates[p].place, candidates[q].place)
+                special.setdefault(q, {})[p] = leg.total_s
     return special
