@@ -2,11 +2,11 @@
 
 Kademlia (Maymounkov and Mazieres, 2002) measures nearness as the XOR of two keys. A node's own key is sha256
 of its peer id, which Noise authenticates, so nobody can choose where to sit except by making many identities.
-Record keys are sha256 over a domain string and length-prefixed parts: no two kinds of record, and no two swarm
-names, can collide.
+Record keys are sha256 over a domain string and length-prefixed parts: no two kinds of record, and no two
+swarm names, can collide.
 
-Servers are filed per group of 16 blocks and not per block: a server of 40 blocks stores 3 records where Petals
-stores 40.
+Servers are filed per group of 16 blocks and not per block: a server of 40 blocks stores 3 records where
+Petals stores 40.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def models_key(swarm: str) -> bytes:
 def blocks_key(swarm: str, digest: bytes, group: int) -> bytes:
     """Key under which the servers of blocks [16 * group, 16 * group + 16) of a model announce themselves.
 
-    Raises ValueError for a digest that is not 32 bytes or a group outside [0, 2**32): our bug, never a peer's.
+    Raises ValueError for a digest that is not 32 bytes or a group outside [0, 2**32): our bug, not a peer's.
     """
     if len(digest) != DIGEST_BYTES:
         raise ValueError(f"a model digest has {DIGEST_BYTES} bytes, not {len(digest)}")
@@ -42,6 +42,11 @@ def groups_of_span(start: int, end: int) -> range:
     if end <= start:
         return range(0)
     return range(start // GROUP_BLOCKS, (end - 1) // GROUP_BLOCKS + 1)
+
+
+def position(key: bytes) -> bytes:
+    """Where in the key space a DHT key, or a peer's raw id, sits: sha256, as in libp2p, whatever the key's length."""
+    return sha256(key).digest()
 
 
 def distance(first: bytes, second: bytes) -> int:

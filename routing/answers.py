@@ -1,0 +1,116 @@
+"""The serving half of the DHT: answers other peers' requests from the table and the store.
+
+A request is answered or it is the asker's fault (RemoteProtocolError: the stream is reset, the peer avoided). What is
+merely untimely (expired, future-dated, already known, over quota) is left out without a fuss: clocks differ, and
+hand-overs overlap. Cheap checks come before signatures; one forged entry condemns the whole message.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from ..protocol.errors import RemoteProtocolError
+from ..protocol.ids import PeerId
+from ..protocol.kad import MAX_ADDR_BYTES, MAX_ADDRS, KadPeer, Message, MessageType, Stale
+from ..protocol.multiaddr import Multiaddr
+from ..protocol.records import KEY_BYTES
+from .keys import position
+from .store import MIN_LEASE_S, Put, Source, Store, Verifier
+from .table import Contact, Table, subnet_of
+
+
+class Answers:
+    """Reads and changes the node's table and store on behalf of others."""
+
+    def __init__(self, table: Table, store: Store, verifier: Verifier, *, k: int) -> None:
+        self._table = table
+        self._store = store
+        self._verifier = verifier
+        self._k = k
+
+    def answer(self, remote: PeerId, seen: Multiaddr | None, request: Message, now: float, wall: float) -> Message:
+        """The reply to a request of an authenticated peer. Raises RemoteProtocolError when it broke the rules."""
+        match request.type:
+            case MessageType.PING:
+                return Message(type=MessageType.PING)
+            case MessageType.PUT_ENTRIES:
+                return self._put(request, Source(remote, subnet_of(seen)), now, wall)
+            case MessageType.GET_ENTRIES:
+                return self._page(remote, seen, request, now)
+            case MessageType.PUT_VALUE | MessageType.ADD_PROVIDER:
+                return Message(type=request.type, key=request.key)  # understood, not kept: nothing signs them
+            case _:
+                return Message(type=request.type, key=request.key, closer_peers=self._closer(remote, seen, request.key))
+
+    def _put(self, request: Message, source: Source, now: float, wall: float) -> Message:
+        stale: list[Stale] = []
+        accepted = 0
+        for leased in request.entries:
+            entry = leased.entry
+            lease_s = entry.lease_s(wall, leased.lease_s)
+            if lease_s < MIN_LEASE_S:
+                continue
+            known = self._store.known_seq(entry.key, entry.subkey)
+            if known > entry.seq:
+                stale.append(Stale(entry.subkey, known))
+            elif known == entry.seq:
+                accepted += 1
+            elif not self._verifier.check(entry):
+                raise RemoteProtocolError(f"entry of {entry.subkey.short} is not signed by it")
+            else:
+                accepted += self._store.put(entry, lease_s, source, now) is Put.ACCEPTED
+        return Message(type=request.type, key=request.key, stale=tuple(stale), accepted=accepted)
+
+    def _page(self, remote: PeerId, seen: Multiaddr | None, request: Message, now: float) -> Message:
+        if len(request.key) != KEY_BYTES:
+            raise RemoteProtocolError(f"entries have keys of {KEY_BYTES} bytes, not {len(request.key)}")
+        entries, cursor = self._store.page(request.key, request.cursor, request.have, now)
+        return Message(
+            type=MessageType.GET_ENTRIES,
+            key=request.key,
+            entries=tuple(entries),
+            cursor=cursor,
+            closer_peers=() if request.cursor else self._closer(remote, seen, request.key),
+        )
+
+    def _closer(self, remote: PeerId, seen: Multiaddr | None, key: bytes) -> tuple[KadPeer, ...]:
+        found = self._table.closest(position(key), self._k + 1)
+        return tuple(told(contact, is_local(seen)) for contact in found if contact.peer != remote)[: self._k]
+
+
+def is_local(seen: Multiaddr | None) -> bool:
+    """True when the peer at this address shares our machine, so loopback addresses mean the same to it."""
+    return seen is None or seen.is_loopback
+
+
+def told(contact: Contact, local: bool) -> KadPeer:
+    """A contact as others hear of it; loopback addresses are told on the same machine only."""
+    return KadPeer(contact.peer, wire_addrs(contact.addrs, local))
+
+
+def wire_addrs(addrs: Iterable[Multiaddr], local: bool) -> tuple[bytes, ...]:
+    """Binary addresses for a message, capped, without loopback ones unless both ends are on one machine."""
+    chosen = (addr.without_peer().to_bytes() for addr in addrs if local or not addr.is_loopback)
+    return tuple([raw for raw in chosen if len(raw) <= MAX_ADDR_BYTES][:MAX_ADDRS])
+
+
+def heard_of(peer: KadPeer, local: bool) -> Contact:
+    """A contact as others told us, without addresses we cannot parse or that would mean our own machine."""
+    addrs = []
+    for raw in peer.addrs:
+        try:
+            addr = Multiaddr.from_bytes(raw).without_peer()
+        except RemoteProtocolError:
+            continue  # a transport we do not know
+        if local or not addr.is_loopback:
+            addrs.append(addr)
+    return Contact(peer.peer, tuple(addrs))
+
+
+def self_told(contact: Contact, seen: Multiaddr | None, reply: Message) -> Contact:
+    """The contact with the addresses it tells itself; of those others told, only one that just worked is kept."""
+    if reply.sender is None or reply.sender.peer != contact.peer:
+        return contact
+    told = heard_of(reply.sender, is_local(seen))
+    worked = [addr for addr in contact.addrs if addr == seen]
+    return Contact(contact.peer, tuple(dict.fromkeys((*worked, *told.addrs)))) if told.addrs else contact

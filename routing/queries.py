@@ -1,0 +1,163 @@
+"""What a lookup is for: finding peers, reading entries, or putting an entry. Each is a small state machine.
+
+    Locate    ask FIND_NODE until the nearest peers have answered
+    Read      ask GET_ENTRIES instead; holders answer with pages, the newest entry per signer wins
+    Publish   Locate, then PUT_ENTRIES to the nearest `replicas`; a failed one is replaced by the next nearest
+
+They only say what to send and keep what came back; dht.py numbers the questions, checks signatures, keeps time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from ..protocol.ids import PeerId
+from ..protocol.kad import MAX_HAVE_BYTES, LeasedEntry, Message, MessageType
+from ..protocol.records import TAG_BYTES, SignedEntry
+from .lookup import Done, Lookup, Wait
+from .table import Contact
+
+MAX_PAGES: Final = 80
+"""Pages read from one holder: 4096 entries fill 64."""
+MAX_READ_ENTRIES: Final = 8192
+"""Entries kept by one read, so that lying holders cannot fill our memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A verified entry and when its lease ends on our clock."""
+
+    entry: SignedEntry
+    """The entry."""
+    expires_at: float
+    """Monotonic seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """A question to put to a peer."""
+
+    contact: Contact
+    """Whom to ask."""
+    request: Message
+    """What to ask."""
+
+
+def merge(known: dict[PeerId, Held], found: Iterable[Held]) -> None:
+    """Keep the newest entry of each signer, up to MAX_READ_ENTRIES signers."""
+    for held in found:
+        old = known.get(held.entry.subkey)
+        if old is None and len(known) >= MAX_READ_ENTRIES:
+            continue
+        if old is None or held.entry.seq > old.entry.seq:
+            known[held.entry.subkey] = held
+
+
+class Locate:
+    """Find the live peers nearest to a key."""
+
+    def __init__(self, query_id: int, key: bytes, lookup: Lookup) -> None:
+        self.id = query_id
+        self.key = key
+        self.lookup = lookup
+        self.wake: float | None = None
+
+    def step(self, now: float) -> Send | Wait | Done:
+        """The next question, a wait, or the end."""
+        step = self.lookup.next(now)
+        return Send(step, self.request(step.peer)) if isinstance(step, Contact) else step
+
+    def request(self, peer: PeerId) -> Message:
+        """What to ask a peer on the way."""
+        return Message(type=MessageType.FIND_NODE, key=self.key)
+
+    def asked(self, peer: PeerId, deadline: float) -> None:
+        """The question went out."""
+        self.lookup.asked(peer, deadline)
+
+    def on_reply(self, peer: PeerId, closer: list[Contact], message: Message) -> Message | None:
+        """An answer came; returns what to ask the same peer next, if anything."""
+        self.lookup.on_reply(peer, closer)
+        return None
+
+    def on_failure(self, peer: PeerId) -> None:
+        """No answer, or nonsense."""
+        self.lookup.on_failure(peer)
+
+
+class Read(Locate):
+    """Collect the entries under a key from the peers nearest to it."""
+
+    def __init__(self, query_id: int, key: bytes, lookup: Lookup, known: Mapping[PeerId, Held]) -> None:
+        super().__init__(query_id, key, lookup)
+        self.found = dict(known)
+        self._pages: dict[PeerId, int] = {}
+
+    def request(self, peer: PeerId, cursor: bytes = b"") -> Message:
+        """Ask for entries, but not for those we have."""
+        tags = [held.entry.tag for held in self.found.values()][: MAX_HAVE_BYTES // TAG_BYTES]
+        return Message(type=MessageType.GET_ENTRIES, key=self.key, cursor=cursor, have=b"".join(tags))
+
+    def on_reply(self, peer: PeerId, closer: list[Contact], message: Message) -> Message | None:
+        """Go on with the peer's next page, or with the lookup. The caller has merged the entries."""
+        pages = self._pages[peer] = self._pages.get(peer, 0) + 1
+        if message.cursor and message.entries and pages < MAX_PAGES:
+            self.lookup.add(closer)
+            return self.request(peer, message.cursor)
+        return super().on_reply(peer, closer, message)
+
+
+class Publish(Locate):
+    """Find the peers nearest to an entry's key and put it there."""
+
+    def __init__(self, query_id: int, lookup: Lookup, leased: LeasedEntry, replicas: int) -> None:
+        super().__init__(query_id, leased.entry.key, lookup)
+        self.leased = leased
+        self.acks = 0
+        self._replicas = replicas
+        self._targets: list[Contact] | None = None
+        self._deadlines: dict[PeerId, float] = {}
+
+    @property
+    def putting(self) -> bool:
+        """True once the nearest peers are known."""
+        return self._targets is not None
+
+    def step(self, now: float) -> Send | Wait | Done:
+        """Questions of the lookup first, then the puts."""
+        if self._targets is None:
+            step = super().step(now)
+            if not isinstance(step, Done):
+                return step
+            self._targets = self.lookup.closest(2 * self._replicas)[::-1]
+        waiting = [deadline for deadline in self._deadlines.values() if deadline > now]
+        if self._targets and self.acks + len(waiting) < self._replicas:
+            contact = self._targets.pop()
+            put = Message(type=MessageType.PUT_ENTRIES, key=self.key, entries=(self.leased,))
+            return Send(contact, put)
+        if self.acks >= self._replicas or not self._deadlines:
+            return Done()
+        return Wait(min(waiting, default=None))  # too few took it: the slow ones may still
+
+    def asked(self, peer: PeerId, deadline: float) -> None:
+        """The question went out."""
+        if self.putting:
+            self._deadlines[peer] = deadline
+        else:
+            super().asked(peer, deadline)
+
+    def on_reply(self, peer: PeerId, closer: list[Contact], message: Message) -> Message | None:
+        """Count a put that was taken, or go on with the lookup."""
+        if message.type is not MessageType.PUT_ENTRIES:
+            return super().on_reply(peer, closer, message)
+        self._deadlines.pop(peer, None)
+        self.acks += message.accepted > 0
+        return None
+
+    def on_failure(self, peer: PeerId) -> None:
+        """No answer: the next nearest peer will do."""
+        if self.putting:
+            self._deadlines.pop(peer, None)
+        super().on_failure(peer)
