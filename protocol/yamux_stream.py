@@ -42,6 +42,7 @@ class MuxStream:
         "acked",
         "announce_due",
         "buffered",
+        "discarding",
         "fin_due",
         "fin_sent",
         "id",
@@ -75,6 +76,8 @@ class MuxStream:
         self.window = INITIAL_WINDOW
         self.remote_fin = False
         """The peer will send nothing more."""
+        self.discarding = False
+        """Nobody will read any more: arriving bytes are dropped and their credit is not given back."""
         self._consumed = 0
         self._epoch = 0.0
         # sending
@@ -132,6 +135,12 @@ class MuxStream:
         self._grant()
         return b"".join(parts)
 
+    def ignore_input(self) -> None:
+        """Drop what was received and what will be."""
+        self.discarding = True
+        self._chunks.clear()
+        self._head = self.buffered = self.wanted = 0
+
     def unread(self, data: bytes) -> None:
         """Put bytes back in front; they were taken too eagerly (what follows a negotiation)."""
         if data:
@@ -143,6 +152,8 @@ class MuxStream:
 
     def on_data(self, chunk: memoryview, whole: int) -> None:
         """Bytes of a DATA frame, part of a plaintext of `whole` bytes. The session has checked the credit."""
+        if self.discarding:
+            return
         size = len(chunk)
         self.buffered += size
         if size >= SMALL and 2 * size >= whole:
@@ -160,7 +171,7 @@ class MuxStream:
     def _grant(self) -> None:
         """Announce more credit when half the window is free."""
         free = self.window - self.recv_credit - max(0, self.buffered - self.wanted)
-        if 2 * free >= self.window and not self.remote_fin and self.reset_by is None:
+        if 2 * free >= self.window and not (self.remote_fin or self.discarding) and self.reset_by is None:
             self.session.on_half_window(self)
 
     def free_window(self) -> int:

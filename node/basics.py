@@ -1,0 +1,195 @@
+"""The protocols every libp2p host speaks: identify, identify-push and ping."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final
+
+from ..protocol import identify, ping, protobuf
+from ..protocol.errors import DeadlineExceeded, RemoteProtocolError, SwarmError
+from ..protocol.identify import Identify
+from ..protocol.ids import PeerId
+from ..protocol.multiaddr import Multiaddr
+from .tasks import Supervisor
+from .transport.base import Priority, Stream
+from .transport.wire import Wire
+
+if TYPE_CHECKING:
+    from .host import Host
+
+logger = logging.getLogger(__name__)
+
+IDENTIFY_TIMEOUT_S: Final = 10.0
+"""Deadline of one identify exchange."""
+PUSH_DELAY_S: Final = 0.05
+"""Changes within this time travel in one push."""
+MAX_PUSHES: Final = 32
+"""Pushes in flight at once."""
+_CHUNK: Final = 4096
+
+
+class Basics:
+    """Answers and asks the base protocols for one host."""
+
+    def __init__(self, host: Host, tasks: Supervisor) -> None:
+        self._host = host
+        self._tasks = tasks
+        self.listeners: list[Callable[[PeerId], None]] = []
+        """Who hears when a peer has identified itself."""
+        self._wires: set[Wire] = set()
+        self._observed: dict[Wire, Multiaddr] = {}
+        self._push_due = False
+        self._pushing = False
+
+    def register(self) -> None:
+        """Put the handlers into the host's table."""
+        self._host.handle(identify.PROTOCOL, self._answer_identify, max_streams_per_peer=8)
+        self._host.handle(identify.PUSH_PROTOCOL, self._take_push, max_streams_per_peer=8)
+        self._host.handle(ping.PROTOCOL, self._answer_ping, max_streams_per_peer=ping.MAX_INBOUND)
+
+    def connected(self, wire: Wire) -> None:
+        """A connection opened: ask who it is."""
+        self._wires.add(wire)
+        self._tasks.start(self._ask(wire), f"identify {wire.remote.short}")
+
+    def disconnected(self, wire: Wire) -> None:
+        """A connection is gone."""
+        self._wires.discard(wire)
+        self._observed.pop(wire, None)
+
+    def observed_addrs(self) -> tuple[Multiaddr, ...]:
+        """Our addresses as peers see them, most often reported first."""
+        return tuple(address for address, _ in Counter(self._observed.values()).most_common())
+
+    # -- identify
+    # -----------------------------------------------------------------------------------------------
+
+    def _message(self, observed: Multiaddr | None) -> bytes:
+        host = self._host
+        return protobuf.delimited(
+            Identify(
+                public_key=host.key.public.marshal(),
+                listen_addrs=tuple(address.without_peer() for address in host.listen_addrs),
+                protocols=host.protocols,
+                observed_addr=observed,
+                protocol_version=identify.PROTOCOL_VERSION,
+                agent_version=host.agent,
+            ).encode()
+        )
+
+    async def _answer_identify(self, stream: Stream) -> None:
+        await stream.write(self._message(self._host.address_of(stream)))
+
+    async def _ask(self, wire: Wire) -> None:
+        try:
+            async with asyncio.timeout(IDENTIFY_TIMEOUT_S):
+                stream = await self._host.open_on(wire, identify.PROTOCOL)
+                stream.set_priority(Priority.CONTROL)
+                try:
+                    message = await _read_message(stream)
+                    await stream.close()
+                except BaseException:
+                    stream.reset()
+                    raise
+        except (TimeoutError, OSError, SwarmError) as exc:
+            logger.debug("identify of %r failed: %s", wire, exc)
+            return
+        if message.observed_addr is not None and not wire.closed:
+            self._observed[wire] = message.observed_addr
+        self._learn(wire.remote, message)
+
+    def _learn(self, peer: PeerId, message: Identify) -> None:
+        if not self._host.is_connected(peer):
+            return
+        self._host.book.add(peer, message.listen_addrs)
+        self._host.book.identified(peer, message.protocols, message.agent_version)
+        for callback in tuple(self.listeners):
+            callback(peer)
+
+    # -- push
+    # ---------------------------------------------------------------------------------------------------
+
+    def changed(self) -> None:
+        """Our protocols or addresses changed: tell everybody connected, once things have settled."""
+        self._push_due = True
+        if self._wires and not self._pushing:
+            self._pushing = True
+            self._tasks.start(self._push_all(), "identify push")
+
+    async def _push_all(self) -> None:
+        try:
+            while self._push_due:
+                await asyncio.sleep(PUSH_DELAY_S)
+                self._push_due = False
+                gate = asyncio.Semaphore(MAX_PUSHES)
+                async with asyncio.TaskGroup() as group:
+                    for wire in tuple(self._wires):
+                        group.create_task(self._push(wire, gate))
+        finally:
+            self._pushing = False
+
+    async def _push(self, wire: Wire, gate: asyncio.Semaphore) -> None:
+        try:
+            async with gate, asyncio.timeout(IDENTIFY_TIMEOUT_S):
+                if not wire.is_open:
+                    return
+                if identify.PUSH_PROTOCOL not in self._host.book.get(wire.remote).protocols:
+                    return
+                stream = await self._host.open_on(wire, identify.PUSH_PROTOCOL)
+                stream.set_priority(Priority.CONTROL)
+                await stream.write(self._message(None))
+                await stream.close()
+        except (TimeoutError, OSError, SwarmError) as exc:
+            logger.debug("identify push to %r failed: %s", wire, exc)
+
+    async def _take_push(self, stream: Stream) -> None:
+        async with asyncio.timeout(IDENTIFY_TIMEOUT_S):
+            message = await _read_message(stream)
+        self._learn(stream.remote, message)
+
+    # -- ping
+    # ---------------------------------------------------------------------------------------------------
+
+    async def _answer_ping(self, stream: Stream) -> None:
+        stream.set_priority(Priority.CONTROL)
+        while True:
+            try:
+                payload = await stream.read_exactly(ping.SIZE)
+            except asyncio.IncompleteReadError:
+                return
+            await stream.write(payload)
+
+    async def ping(self, peer: PeerId, timeout_s: float) -> float:
+        """One round trip through the peer's ping handler, in seconds."""
+        host = self._host
+        try:
+            async with asyncio.timeout(timeout_s):
+                stream = await host.open_stream(peer, ping.PROTOCOL, timeout_s=timeout_s)
+                stream.set_priority(Priority.CONTROL)
+                try:
+                    payload = host.rng.randbytes(ping.SIZE)
+                    sent = host.clock.now()
+                    await stream.write(payload)
+                    answer = await stream.read_exactly(ping.SIZE)
+                    took = host.clock.now() - sent
+                    await stream.close()
+                except BaseException:
+                    stream.reset()
+                    raise
+        except TimeoutError:
+            raise DeadlineExceeded(f"{peer} did not answer a ping within {timeout_s:g} s") from None
+        if answer != payload:
+            raise RemoteProtocolError(f"{peer} answered a ping with other bytes")
+        return took
+
+
+async def _read_message(stream: Stream) -> Identify:
+    """The one message of an identify stream. Raises RemoteProtocolError or OSError."""
+    splitter = protobuf.Delimited(identify.MAX_MESSAGE)
+    while data := await stream.read(_CHUNK):
+        for message in splitter.feed(data):
+            return Identify.decode(message)
+    raise RemoteProtocolError("the peer ended an identify stream without a message")

@@ -1,0 +1,311 @@
+"""An in-memory network: the same hosts, Noise and yamux, with links made of call_later instead of sockets.
+
+A product module, not a test hack: whole swarms run on it inside one event loop, under a virtual clock, with
+seeded latency, bandwidth and failures. Links keep TCP's promises (order, no loss, backpressure, EOF,
+reset).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+from ...protocol.errors import ConfigError
+from ...protocol.multiaddr import Multiaddr
+
+HIGH_WATER: Final = 64 * 1024
+"""Default of the write buffer: bytes in flight above this pause the writer."""
+
+Factory = Callable[[Multiaddr], asyncio.BufferedProtocol]
+
+
+class MemoryNetwork:
+    """A world of links. Give every host its own transport(); all delays come from `latency_s` and `rng`.
+
+    `latency_s` is one way. `rate` is bytes a second per link and direction, None for unlimited. `jitter_s`
+    adds up to that much to each delivery, without reordering. `refuse` is the probability that a dial
+    fails.
+    """
+
+    def __init__(
+        self,
+        rng: random.Random,
+        *,
+        latency_s: float = 0.0,
+        jitter_s: float = 0.0,
+        rate: float | None = None,
+        refuse: float = 0.0,
+    ) -> None:
+        self.rng = rng
+        self.latency_s = latency_s
+        self.jitter_s = jitter_s
+        self.rate = rate
+        self.refuse = refuse
+        self.distance: Callable[[MemoryTransport, MemoryTransport], float] | None = None
+        """One-way seconds between two hosts, instead of the constant `latency_s`."""
+        self.mangle: Callable[[bytes], Sequence[bytes]] | None = None
+        """What becomes of each write: tests cut, corrupt and repeat it here."""
+        self.dials = 0
+        """Dials attempted so far."""
+        self._listeners: dict[int, tuple[MemoryTransport, Factory]] = {}
+        self._links: set[_Link] = set()
+        self._cut: set[frozenset[MemoryTransport]] = set()
+        self._next = 1
+
+    def transport(self) -> MemoryTransport:
+        """A new host's access to the network."""
+        return MemoryTransport(self)
+
+    def crash(self, transport: MemoryTransport) -> None:
+        """The host vanishes, as by kill -9: its listeners close, the other ends of its links see a reset."""
+        for number in [n for n, (owner, _) in self._listeners.items() if owner is transport]:
+            del self._listeners[number]
+        for link in [link for link in self._links if link.owner is transport]:
+            link.abort()
+
+    def cut(self, one: MemoryTransport, other: MemoryTransport) -> None:
+        """Break the path between two hosts: links reset, new dials fail, until heal()."""
+        self._cut.add(frozenset((one, other)))
+        for link in [link for link in self._links if link.owner is one and link.peer.owner is other]:
+            link.abort()
+
+    def heal(self, one: MemoryTransport, other: MemoryTransport) -> None:
+        """Undo cut()."""
+        self._cut.discard(frozenset((one, other)))
+
+    def delay(self, source: MemoryTransport, target: MemoryTransport) -> float:
+        """One-way seconds between two hosts."""
+        return self.latency_s if self.distance is None else self.distance(source, target)
+
+    def number(self) -> int:
+        """An address nobody uses."""
+        while self._next in self._listeners:
+            self._next += 1
+        self._next += 1
+        return self._next - 1
+
+    def bind(self, number: int, owner: MemoryTransport, factory: Factory) -> None:
+        """Listen on /memory/<number>. Raises ConfigError when it is taken."""
+        if number in self._listeners:
+            raise ConfigError(f"cannot listen on /memory/{number}: it is in use; choose another, or memory/0")
+        self._listeners[number] = (owner, factory)
+
+    def unbind(self, number: int) -> None:
+        """Stop listening."""
+        self._listeners.pop(number, None)
+
+    async def connect(self, source: MemoryTransport, address: Multiaddr, factory: Factory) -> None:
+        """Make a link, one round trip later. Raises OSError."""
+        self.dials += 1
+        number = int(address.value("memory") or 0)
+        owner = self._listeners[number][0] if number in self._listeners else source
+        await asyncio.sleep(2 * self.delay(source, owner))
+        found = self._listeners.get(number)
+        if found is None or frozenset((source, found[0])) in self._cut:
+            raise ConnectionRefusedError("connection refused")
+        if self.refuse and self.rng.random() < self.refuse:
+            raise ConnectionRefusedError("connection lost on the way")
+        target, accept = found
+        here, there = _Link(self, source), _Link(self, target)
+        here.peer, there.peer = there, here
+        self._links |= {here, there}
+        there.start(accept(Multiaddr((("memory", str(self.number())),))))
+        here.start(factory(address))
+
+    def forget(self, link: _Link) -> None:
+        """A link is over."""
+        self._links.discard(link)
+
+
+class MemoryTransport:
+    """One host's access to a MemoryNetwork."""
+
+    def __init__(self, network: MemoryNetwork) -> None:
+        self.network = network
+
+    def can_dial(self, address: Multiaddr) -> bool:
+        """Memory addresses only."""
+        return address.value("memory") is not None
+
+    def can_listen(self, address: Multiaddr) -> bool:
+        """Memory addresses only."""
+        return address.value("memory") is not None
+
+    async def resolve(self, address: Multiaddr) -> Sequence[Multiaddr]:
+        """There are no names here."""
+        return (address,)
+
+    async def dial(self, address: Multiaddr, factory: Factory) -> None:
+        """Make a link. Raises OSError."""
+        await self.network.connect(self, address.without_peer(), factory)
+
+    async def listen(self, address: Multiaddr, factory: Factory) -> MemoryListener:
+        """Listen; /memory/0 takes a free number. Raises ConfigError."""
+        number = int(address.value("memory") or 0) or self.network.number()
+        self.network.bind(number, self, factory)
+        return MemoryListener(self.network, number)
+
+
+class MemoryListener:
+    """An open listening address."""
+
+    def __init__(self, network: MemoryNetwork, number: int) -> None:
+        self._network = network
+        self._number = number
+        self.address = Multiaddr((("memory", str(number)),))
+        """What is really bound."""
+
+    async def aclose(self) -> None:
+        """Stop accepting."""
+        self._network.unbind(self._number)
+
+
+class _Link(asyncio.Transport):
+    """One end of a link. What is written is queued with its time of arrival; one timer serves the queue."""
+
+    peer: _Link
+
+    def __init__(self, network: MemoryNetwork, owner: MemoryTransport) -> None:
+        super().__init__()
+        self.owner = owner
+        self._network = network
+        self._loop = asyncio.get_running_loop()
+        self._protocol: asyncio.BufferedProtocol | None = None
+        self._queue: deque[tuple[float, bytes]] = deque()
+        self._in_flight = 0
+        self._free_at = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+        self._high = HIGH_WATER
+        self._paused = False
+        self._closing = False
+        self._over = False
+
+    def start(self, protocol: asyncio.BufferedProtocol) -> None:
+        """Give the protocol its link, soon."""
+        self._protocol = protocol
+        self._loop.call_soon(self._made)
+
+    def _made(self) -> None:
+        if self._protocol is not None and not self._over:
+            self._protocol.connection_made(self)
+
+    # -- asyncio.Transport
+    # --------------------------------------------------------------------------------------
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        """Nothing is known about a link in memory."""
+        return default
+
+    def is_closing(self) -> bool:
+        """close() or abort() was called."""
+        return self._closing or self._over
+
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
+        """When to pause the writer."""
+        self._high = HIGH_WATER if high is None else high
+
+    def get_write_buffer_size(self) -> int:
+        """Bytes in flight."""
+        return self._in_flight
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Send bytes on their way."""
+        if self._closing or self._over:
+            return
+        mangle = self._network.mangle
+        for piece in (data,) if mangle is None else mangle(bytes(data)):
+            self._send(bytes(piece))
+        if self._in_flight > self._high and not self._paused and self._protocol is not None:
+            self._paused = True
+            self._protocol.pause_writing()
+
+    def close(self) -> None:
+        """Flush, then end."""
+        if not self.is_closing():
+            self._closing = True
+            self._arm()
+
+    def abort(self) -> None:
+        """End at once; the other side sees a reset after the link's latency."""
+        if not self._over:
+            self._queue.clear()
+            self._end(None)
+            self._loop.call_later(self._delay(), self.peer.broken)
+
+    # -- the link
+    # -----------------------------------------------------------------------------------------------
+
+    def _delay(self) -> float:
+        return self._network.delay(self.owner, self.peer.owner)
+
+    def _send(self, data: bytes) -> None:
+        network = self._network
+        now = self._loop.time()
+        start = max(now, self._free_at)
+        self._free_at = start + (len(data) / network.rate if network.rate else 0.0)
+        arrival = self._free_at + self._delay()
+        if network.jitter_s:
+            arrival += network.rng.random() * network.jitter_s
+        if self._queue:
+            arrival = max(arrival, self._queue[-1][0])
+        self._in_flight += len(data)
+        self._queue.append((arrival, data))
+        self._arm()
+
+    def _arm(self) -> None:
+        if self._timer is None and not self._over:
+            when = self._queue[0][0] if self._queue else self._loop.time() + self._delay()
+            self._timer = self._loop.call_at(when, self._deliver)
+
+    def _deliver(self) -> None:
+        self._timer = None
+        now = self._loop.time()
+        while self._queue and self._queue[0][0] <= now and not self._over:
+            data = self._queue.popleft()[1]
+            self._in_flight -= len(data)
+            self.peer.arrived(data)
+        if self._paused and self._in_flight <= self._high // 4 and not self._over:
+            self._paused = False
+            if self._protocol is not None:
+                self._protocol.resume_writing()
+        if self._queue:
+            self._arm()
+        elif self._closing and not self._over:
+            self._end(None)
+            self.peer.ended()
+
+    def arrived(self, data: bytes) -> None:
+        """Bytes from the other end."""
+        view = memoryview(data)
+        while view and self._protocol is not None and not self.is_closing():
+            buffer = memoryview(self._protocol.get_buffer(len(view)))
+            size = min(len(buffer), len(view))
+            buffer[:size] = view[:size]
+            self._protocol.buffer_updated(size)
+            view = view[size:]
+
+    def ended(self) -> None:
+        """The other end closed."""
+        if self._over:
+            return
+        if self._protocol is not None and not self._closing:
+            self._protocol.eof_received()
+        self._queue.clear()
+        self._end(None)
+
+    def broken(self) -> None:
+        """The other end vanished."""
+        if not self._over:
+            self._queue.clear()
+            self._end(ConnectionResetError("connection reset by peer"))
+
+    def _end(self, exc: Exception | None) -> None:
+        self._over = True
+        self._network.forget(self)
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._protocol is not None:
+            self._loop.call_soon(self._protocol.connection_lost, exc)

@@ -1,0 +1,384 @@
+"""One connection to one peer: feeds a byte link into the sans-IO connection and drains it back.
+
+Knows no protocol rule. It receives in place (BufferedProtocol), wakes whoever waits, pulls frames while the
+link takes them, and keeps two timers: the handshake's deadline, then the keepalive that measures the round
+trip too. When the link breaks, everybody waiting on any of its streams is woken in the same instant:
+failover starts here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final, cast
+
+from ...protocol.connection import Connection
+from ...protocol.errors import RemoteProtocolError
+from ...protocol.ids import PeerId
+from ...protocol.multiaddr import Multiaddr
+from ...protocol.yamux import MAX_UNACKED, Event, Opened, Pong, WentAway
+from ...protocol.yamux_frames import GoAway
+from ...protocol.yamux_stream import MuxStream, Readable, Writable
+from ..clock import Clock
+from .base import ConnectionClosed
+from .stream import MuxedStream
+
+logger = logging.getLogger(__name__)
+
+HANDSHAKE_TIMEOUT_S: Final = 10.0
+"""A stranger gets this long to prove who it is."""
+KEEPALIVE_S: Final = 15.0
+"""Time between keepalive pings; NAT tables forget quiet TCP connections after minutes at the earliest."""
+MISSED_PINGS: Final = 2
+"""Unanswered keepalives after which the peer is dead."""
+LINGER_S: Final = 10.0
+"""How long a closed stream waits for the peer's end before it is reset."""
+CLOSE_GRACE_S: Final = 1.0
+"""How long a closing link may flush before it is cut."""
+WRITE_BUFFER: Final = 64 * 1024
+"""Bytes the event loop may hold for the socket: more would only queue decode frames behind bulk."""
+_RTT_WEIGHT: Final = 0.25
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WireEvents:
+    """Whom a wire tells about its life. Each callback runs on the loop and must not block."""
+
+    opened: Callable[[Wire], None]
+    """The handshake is over, `remote` is known."""
+    stream: Callable[[MuxedStream], None]
+    """The peer opened a stream; its protocol is not negotiated yet."""
+    closed: Callable[[Wire], None]
+    """The connection is gone; called once, also when it never opened."""
+
+
+class Wire(asyncio.BufferedProtocol):
+    """A multiplexed connection. Made by a transport, owned by the host."""
+
+    def __init__(
+        self,
+        connection: Connection,
+        *,
+        address: Multiaddr,
+        outbound: bool,
+        clock: Clock,
+        events: WireEvents,
+        handshake_timeout_s: float = HANDSHAKE_TIMEOUT_S,
+    ) -> None:
+        self.address = address
+        """The remote's address, without peer id."""
+        self.outbound = outbound
+        """We dialed it."""
+        self.opened_at = clock.now()
+        self.rtt_s: float | None = None
+        """Smoothed round trip of the keepalive pings."""
+        self.bytes_in = 0
+        self.bytes_out = 0
+        self.readers: dict[int, asyncio.Future[None]] = {}
+        """Tasks waiting to read, by stream id."""
+        self.writers: dict[int, asyncio.Future[None]] = {}
+        """Tasks waiting for their bytes to be framed, by stream id."""
+        self.error: ConnectionClosed | None = None
+        """Why the connection is gone."""
+        self._connection = connection
+        self._session = connection.session
+        self._clock = clock
+        self._events = events
+        self._transport: asyncio.Transport | None = None
+        self._paused = False
+        self._lost = asyncio.get_running_loop().create_future()
+        self._openers: set[asyncio.Future[None]] = set()
+        self._lingering: dict[int, tuple[MuxStream, float]] = {}
+        self._handshake_timeout_s = handshake_timeout_s
+        self._timer: asyncio.TimerHandle | None = None
+        self._pings: dict[int, float] = {}
+        self._ping_id = 0
+
+    def __repr__(self) -> str:
+        who = self.remote.short if self._connection.is_open else "?"
+        return f"<wire {'to' if self.outbound else 'from'} {who} {self.address}>"
+
+    # -- state
+    # --------------------------------------------------------------------------------------------------
+
+    @property
+    def remote(self) -> PeerId:
+        """The authenticated peer. Raises LocalProtocolError before the handshake is over."""
+        return self._connection.remote
+
+    @property
+    def is_open(self) -> bool:
+        """Streams can be opened: the handshake is over and nobody said good-bye."""
+        return self.error is None and self._connection.is_open and not self._session.went_away
+
+    @property
+    def closed(self) -> bool:
+        """The connection is gone."""
+        return self.error is not None
+
+    @property
+    def stream_count(self) -> int:
+        """Open streams, both ways."""
+        return len(self._session)
+
+    @property
+    def local_ip(self) -> str | None:
+        """Our own IP address on this link, when it has one."""
+        name = self._transport.get_extra_info("sockname") if self._transport else None
+        return name[0] if isinstance(name, tuple) else None
+
+    def raise_if_closed(self) -> None:
+        """Raise ConnectionClosed when the connection is gone."""
+        if self.error is not None:
+            raise ConnectionClosed(*self.error.args)
+
+    # -- asyncio.BufferedProtocol
+    # -------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """The link is up: start the handshake."""
+        # uvloop's transports are not subclasses of asyncio's
+        transport = cast("asyncio.Transport", transport)
+        self._transport = transport
+        if self.error is not None:
+            transport.abort()
+            return
+        transport.set_write_buffer_limits(high=WRITE_BUFFER)
+        self._timer = asyncio.get_running_loop().call_later(self._handshake_timeout_s, self._handshake_late)
+        self.pump()
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        """Where the next bytes go."""
+        return self._connection.get_buffer()
+
+    def buffer_updated(self, nbytes: int) -> None:
+        """Bytes arrived: decode, wake, answer."""
+        if self.error is not None:
+            return
+        self.bytes_in += nbytes
+        self._session.now = self._clock.now()
+        was_open = self._connection.is_open
+        try:
+            events = self._connection.received(nbytes)
+        except RemoteProtocolError as exc:
+            self._break(exc)
+            return
+        if not was_open and self._connection.is_open:
+            self._handshake_done()
+        for event in events:
+            self._dispatch(event)
+        self.pump()
+
+    def eof_received(self) -> bool:
+        """The peer closed its side of the link: it is gone, libp2p has no half-closed connections."""
+        self._die("the peer closed the connection")
+        return False
+
+    def pause_writing(self) -> None:
+        """The link is full."""
+        self._paused = True
+
+    def resume_writing(self) -> None:
+        """The link has room again."""
+        self._paused = False
+        self.pump()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The link is gone."""
+        if isinstance(exc, ConnectionError | OSError | None):
+            self._die(str(exc) if exc else "the connection was closed")
+        else:
+            self._die(repr(exc))
+        if self._timer is not None:
+            self._timer.cancel()
+        if not self._lost.done():
+            self._lost.set_result(None)
+
+    # -- sending
+    # ------------------------------------------------------------------------------------------------
+
+    def pump(self) -> None:
+        """Send what is ready while the link takes it. Called after anything that may have made output."""
+        transport = self._transport
+        if transport is None or self.error is not None:
+            return
+        pull = self._connection.pull
+        while not self._paused:
+            frame = pull()
+            if frame is None:
+                break
+            self.bytes_out += len(frame)
+            transport.write(frame)
+        drained = self._session.drained
+        if drained:
+            for mux in drained:
+                _wake(self.writers.pop(mux.id, None))
+            drained.clear()
+
+    # -- streams
+    # ------------------------------------------------------------------------------------------------
+
+    async def open(self) -> MuxedStream:
+        """A new stream, not negotiated yet; waits while too many are unacknowledged.
+
+        Raises ConnectionClosed.
+        """
+        while True:
+            self.raise_if_closed()
+            if not self.is_open:
+                raise ConnectionClosed(f"the connection to {self.address} is closing")
+            if self._session.unacked < MAX_UNACKED:
+                return MuxedStream(self, self._session.open())
+            waiter = asyncio.get_running_loop().create_future()
+            self._openers.add(waiter)
+            try:
+                await waiter
+            finally:
+                self._openers.discard(waiter)
+
+    def reset(self, mux: MuxStream, reason: str) -> None:
+        """Tear one stream down."""
+        if self.error is not None:
+            return
+        try:
+            self._session.reset(mux, reason)
+        except RemoteProtocolError as exc:
+            self._break(exc)
+            return
+        self._wake_stream(mux.id)
+        self._wake_openers()
+        self.pump()
+
+    def linger(self, mux: MuxStream) -> None:
+        """The stream is closed here; reset it if the peer does not end it too."""
+        if not mux.remote_fin:
+            self._lingering[mux.id] = (mux, self._clock.now())
+
+    def _wake_stream(self, stream_id: int) -> None:
+        _wake(self.readers.get(stream_id))
+        _wake(self.writers.pop(stream_id, None))
+
+    def _wake_openers(self) -> None:
+        room = MAX_UNACKED - self._session.unacked
+        for waiter in tuple(self._openers)[:room] if self._openers else ():
+            _wake(waiter)
+
+    # -- events
+    # -------------------------------------------------------------------------------------------------
+
+    def _dispatch(self, event: Event) -> None:
+        if isinstance(event, Readable):
+            mux = event.stream
+            if mux.reset_by is not None:
+                self._wake_stream(mux.id)
+                self._wake_openers()
+            elif mux.buffered >= mux.wanted or mux.remote_fin:
+                _wake(self.readers.get(mux.id))
+        elif isinstance(event, Writable):
+            if self._openers:
+                self._wake_openers()
+        elif isinstance(event, Opened):
+            self._events.stream(MuxedStream(self, event.stream))
+        elif isinstance(event, Pong):
+            self._ponged(event.opaque)
+        elif isinstance(event, WentAway):
+            logger.debug("%r: go-away %d", self, event.code)
+
+    def _handshake_done(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._keepalive()
+        self._events.opened(self)
+
+    def _handshake_late(self) -> None:
+        self.abort(f"no handshake within {self._handshake_timeout_s:g} s")
+
+    def _keepalive(self) -> None:
+        """Ping, give back what a quiet connection does not need, reset streams nobody will end."""
+        if self.error is not None:
+            return
+        if len(self._pings) >= MISSED_PINGS:
+            self.abort(f"no answer to keepalives for {KEEPALIVE_S * MISSED_PINGS:g} s")
+            return
+        now = self._clock.now()
+        self._ping_id = (self._ping_id + 1) & 0xFFFFFFFF
+        self._pings[self._ping_id] = now
+        self._connection.trim()
+        self._session.ping(self._ping_id)
+        for stream_id, (mux, since) in tuple(self._lingering.items()):
+            if mux.remote_fin or mux.reset_by is not None:
+                del self._lingering[stream_id]
+            elif now - since >= LINGER_S:
+                del self._lingering[stream_id]
+                self.reset(mux, "the peer did not end the stream")
+        self._timer = asyncio.get_running_loop().call_later(KEEPALIVE_S, self._keepalive)
+        self.pump()
+
+    def _ponged(self, opaque: int) -> None:
+        sent = self._pings.get(opaque)
+        if sent is None:
+            return
+        self._pings.clear()
+        sample = self._clock.now() - sent
+        self.note_rtt(sample)
+
+    def note_rtt(self, sample_s: float) -> None:
+        """Fold in a measured round trip."""
+        old = self.rtt_s
+        self.rtt_s = sample_s if old is None else old + _RTT_WEIGHT * (sample_s - old)
+        self._session.rtt_s = self.rtt_s
+
+    # -- the end
+    # ------------------------------------------------------------------------------------------------
+
+    def _break(self, exc: RemoteProtocolError) -> None:
+        """The peer broke the protocol: tell it, and hang up."""
+        logger.info("%s: protocol error from the peer: %s", self.address, exc)
+        self._connection.go_away(GoAway.PROTOCOL_ERROR)
+        self._hang_up(str(exc))
+
+    def abort(self, reason: str) -> None:
+        """Cut the link at once."""
+        self._die(reason)
+        if self._transport is not None:
+            self._transport.abort()
+
+    def _hang_up(self, reason: str) -> None:
+        """Flush what is framed, then close; cut when the peer does not read."""
+        self._paused = False
+        self.pump()
+        self._die(reason)
+        if self._transport is not None:
+            self._transport.close()
+            if not self._lost.done():
+                self._timer = asyncio.get_running_loop().call_later(CLOSE_GRACE_S, self._transport.abort)
+
+    async def aclose(self) -> None:
+        """Say go-away, flush, close, and wait until the link is gone; at most CLOSE_GRACE_S and a bit."""
+        if self.error is None:
+            self._connection.go_away()
+            self._hang_up("closed on this side")
+        if self._transport is not None:
+            await asyncio.shield(self._lost)
+
+    def _die(self, reason: str) -> None:
+        """Fail everything that waits. Idempotent: the first reason stays."""
+        if self.error is not None:
+            return
+        who = self._connection.remote.short if self._connection.is_open else str(self.address)
+        self.error = ConnectionClosed(f"connection to {who}: {reason}")
+        if self._timer is not None:
+            self._timer.cancel()
+        self._session.close()
+        self._lingering.clear()
+        for waiter in (*self.readers.values(), *self.writers.values(), *self._openers):
+            _wake(waiter)
+        self.writers.clear()
+        self._events.closed(self)
+
+
+def _wake(waiter: asyncio.Future[None] | None) -> None:
+    if waiter is not None and not waiter.done():
+        waiter.set_result(None)
