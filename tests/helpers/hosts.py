@@ -1,0 +1,52 @@
+"""Hosts for tests: numbered identities, on an in-memory network or on loopback TCP."""
+
+import contextlib
+import random
+
+from helpers.virtual import LoopClock
+from swarmnode.node.host import Host
+from swarmnode.node.transport.memory import MemoryNetwork
+from swarmnode.protocol.ids import PrivateKey
+from swarmnode.protocol.multiaddr import Multiaddr
+
+LOOPBACK = Multiaddr.parse("/ip4/127.0.0.1/tcp/0")
+MEMORY = Multiaddr.parse("/memory/0")
+
+
+def key(number: int) -> PrivateKey:
+    """The identity of test host `number`: the same in every run."""
+    return PrivateKey.from_seed(number.to_bytes(32, "big"))
+
+
+def memory_host(network: MemoryNetwork, number: int, **options) -> Host:
+    """A host with an access of its own to the network, listening on /memory/0 unless told otherwise."""
+    options.setdefault("listen", [MEMORY])
+    options.setdefault("clock", LoopClock())
+    options.setdefault("rng", random.Random(number))
+    return Host(key(number), transports=[network.transport()], **options)
+
+
+def tcp_host(number: int, **options) -> Host:
+    """A host on loopback TCP, on a free port."""
+    options.setdefault("listen", [LOOPBACK])
+    options.setdefault("rng", random.Random(number))
+    return Host(key(number), **options)
+
+
+@contextlib.asynccontextmanager
+async def hosts(kind: str, count: int, *, network: MemoryNetwork | None = None, **options):
+    """`count` running hosts that know each other's addresses: kind is "tcp" or "memory"."""
+    network = network or MemoryNetwork(random.Random(0))
+    async with contextlib.AsyncExitStack() as stack:
+        made = []
+        for number in range(1, count + 1):
+            if kind == "memory":
+                host = memory_host(network, number, **options)
+            else:
+                host = tcp_host(number, **options)
+            made.append(await stack.enter_async_context(host))
+        for host in made:
+            for other in made:
+                if other is not host:
+                    host.add_addrs(other.peer_id, other.listen_addrs)
+        yield made
