@@ -52,17 +52,15 @@ class FolderCheckpoint:
     @cached_property
     def manifest(self) -> Manifest:
         """Identity; the first access hashes every shard."""
-        texts = [
-            path
-            for name in (TOKENIZER_FILE, TEMPLATE_FILE, "tokenizer_config.json")
-            if (path := self.path / name).exists()
-        ]
-        configs = [path for name in ("config.json", "generation_config.json") if (path := self.path / name).exists()]
-        shards = [self.path / name for name in sorted(set(self._shard_of.values()))]
-        paths = [*configs, *texts, *shards]
+        names = ("config.json", "generation_config.json", TOKENIZER_FILE, TEMPLATE_FILE, "tokenizer_config.json")
+        texts = [path for name in names if (path := self.path / name).exists()]
+        paths = [*texts, *(self.path / name for name in sorted(set(self._shard_of.values())))]
+        for path in paths:
+            if not path.exists():
+                raise CorruptCheckpoint(f"{path}: is missing, and {INDEX} names it: the download may be incomplete")
         return cached_manifest(paths, self._cache_dir, MANIFEST_VERSION, self._build_manifest, self.name)
 
-    @cached_property
+    @property
     def tokenizer(self) -> bytes:
         """tokenizer.json. Raises UnsupportedModel when there is none."""
         path = self.path / TOKENIZER_FILE

@@ -76,7 +76,7 @@ def tokenizer_json(metadata: Mapping[str, Value], path: Path) -> bytes | None:
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": vocabulary.added_tokens(),
+        "added_tokens": vocabulary.added_tokens(parts["model"]["vocab"]),
         **parts,
     }
     return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
@@ -109,15 +109,15 @@ class _Vocabulary:
             raise CorruptCheckpoint(f"{self.path}: {name}_token_id {index!r:.40} is no token of the vocabulary")
         return index, self.tokens[index]
 
-    def added_tokens(self) -> list[Json]:
-        """Tokens matched whole in the text, before anything else."""
+    def added_tokens(self, spelled: Mapping[str, int]) -> list[Json]:
+        """Tokens matched whole in the text, before anything else: those the scheme did not respell."""
         return [
             {
                 **{"id": index, "content": self.tokens[index], "single_word": False, "lstrip": False},
                 **{"rstrip": False, "normalized": False, "special": int(self.types[index]) == CONTROL},
             }
             for index in np.flatnonzero(np.isin(self.types, (CONTROL, USER_DEFINED))).tolist()
-            if self.tokens[index]
+            if self.tokens[index] in spelled
         ]
 
     def implied_merges(self, tokens: Sequence[str], ranks: Sequence[float]) -> list[tuple[str, str]]:
