@@ -15,7 +15,7 @@ All of it under a new epoch, after which the client just goes on waiting for the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from .errors import LocalProtocolError, RemoteProtocolError
 from .messages import Data, Kind, Open, Output, Result, Rewire, Truncate, Want
@@ -160,8 +160,13 @@ class ChainMachine:
             lane.replay_epoch = 0
         return True
 
-    def repair(self, hops: Sequence[Hop]) -> Repair:
-        """Go over to `hops`, keeping those already in the chain. Raises LocalProtocolError if they do not join up."""
+    def repair(self, hops: Sequence[Hop], session: bytes | None = None) -> Repair:
+        """Go over to `hops`, keeping those already in the chain. Raises LocalProtocolError if they do not join up.
+
+        A chain of only fresh hops may name servers of the old one again; then it needs a new `session` id.
+        """
+        if session is not None:
+            self.spec = replace(self.spec, session=session)
         before, self.hops = self.hops, _contiguous(self.spec, hops)
         self.epoch += 1
         fresh = {hop for hop in self.hops if hop not in before}

@@ -260,33 +260,24 @@ TO_PREVIOUS: Final = Catalogue(Attached, Refused)
 TO_CLIENT: Final = Catalogue(Opened, Refused, Data, Result, HopFailed, LogGone, NeedReplay, Progress, Failed, Draining)
 
 
-# The model protocol: a peer hands out the small files of a model it serves, by digest.
-
-
-class ModelPart(IntEnum):
-    """What a model request asks for."""
-
-    MANIFEST = 0
-    TOKENIZER = 1
-    CHAT_TEMPLATE = 2
+# The model protocol: a peer hands out the manifest of a model it serves, config and tokenizer within, by digest.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GetPart(Message, kind=32):
-    """Ask for a part of a model; the answer is one Part frame with the bytes as payload."""
+class GetManifest(Message, kind=32):
+    """Ask for a model's manifest."""
 
     digest: bytes = blob(1, low=32, high=32)
-    part: int = integer(2, high=255)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Part(Message, kind=33):
-    """The part asked for. The receiver checks the payload against the digest."""
+class ManifestReply(Message, kind=33):
+    """The manifest is the payload, which the receiver checks against the digest; or the peer has none."""
 
     found: bool = flag(1)
 
 
-MODEL_MESSAGES: Final = Catalogue(GetPart, Part)
+MODEL_MESSAGES: Final = Catalogue(GetManifest, ManifestReply)
 
 
 # The info protocol: what goes stale at once is asked, not announced.

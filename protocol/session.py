@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from .errors import RemoteProtocolError
 from .messages import MAX_POSITION, Data, Kind, Open, Progress, Result, Rewire, Truncate, Want
 from .session_log import Entry, OutputLog
-from .tensors import Codec, payload_size
+from .tensors import Codec, codec_at, payload_size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +89,7 @@ class SessionMachine:
         self.next = open_.next
         self.next_addresses = open_.next_addresses
         self.epoch = open_.epoch
-        self._row_bytes = payload_size(self.codec, 1, hidden)
+        self._row_bytes = payload_size(codec_at(self.start, self.codec, open_.cuts), 1, hidden)
         self._lanes = [_Lane(epoch=open_.epoch) for _ in range(open_.lanes)]
         self.next_known = not open_.resume
         """We know which rows the next hop has; until then nothing is sent to it."""
@@ -181,6 +181,10 @@ class SessionMachine:
             return Result(epoch=lane.epoch, lane=job.lane, position=job.position, count=count, want=want)
         lane.log.append(Entry(job.position, count, want, output[: len(output) // job.count * count]))
         return None
+
+    def on_failed(self, job: Job) -> None:
+        """A job could not be done. The client will hear of it and rewind or end the session."""
+        self._lanes[job.lane].pending.pop(job.number)
 
     def is_wanted(self, job: Job) -> bool:
         """Whether any of the job's rows still are: a rewind may have made it pointless while it waited."""

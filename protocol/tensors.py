@@ -7,6 +7,7 @@ layouts and why int8s is what it is: docs/spec/tensors.md.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from enum import IntEnum
 from typing import Final
 
@@ -54,3 +55,11 @@ def payload_size(codec: Codec, rows: int, hidden: int) -> int:
             return rows * hidden * 2
         case Codec.INT8S:
             return rows * (hidden + 2 * -(-hidden // BLOCK) + OUTLIERS * (2 + 4))
+
+
+def codec_at(border: int, codec: Codec, cuts: Collection[int]) -> Codec:
+    """What hidden states travel in at a block border: the session's codec at its cuts, lossless anywhere else.
+
+    A repair may split a span where the session has no cut; encoding there would change tokens.
+    """
+    return codec if border in cuts else Codec.FP32

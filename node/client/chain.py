@@ -1,0 +1,418 @@
+"""Keeps one session running over a chain of servers, whatever happens to them.
+
+The decisions are elsewhere: protocol/chain.py knows what to send and how a repair is worded, routing/ knows who takes
+over. This file opens streams, feeds the first hop, collects results, and notices failures: a stream that ends, a hop
+that reports its neighbour, a hop that does not answer in time. Whoever waits for a result waits through a repair.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+from ...protocol.chain import ChainMachine, ChainSpec, Hop
+from ...protocol.errors import NoRoute, ProtocolError, RemoteProtocolError, ServerFailed, SessionClosed, SwarmError
+from ...protocol.ids import PeerId
+from ...protocol.messages import (
+    Draining,
+    Failed,
+    HopFailed,
+    LogGone,
+    NeedReplay,
+    Open,
+    Probe,
+    Progress,
+    Result,
+    Want,
+)
+from ...protocol.wire import Message
+from ...routing.cost import CostTerms
+from ...routing.planner import Hop as PlannedHop
+from ...routing.planner import Plan, PlanRequest
+from ...routing.swarm import SwarmView
+from ..clock import Clock
+from ..host import Host
+from ..tasks import Supervisor
+from .link import HopRefused, Link, open_link
+from .patience import Patience
+from .router import Router
+
+logger = logging.getLogger(__name__)
+
+RETRY_S: Final = 0.2
+"""Pause between looks for a replacement when nobody has the blocks."""
+STUCK_PROBES: Final = 3
+"""Probes in a row without any progress before the hop that holds things up is replaced."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """What a chain runs: the session's constants, the plan it needs, and a way to see who serves the model."""
+
+    spec: ChainSpec
+    request: PlanRequest
+    view: Callable[[bool], Awaitable[SwarmView]]
+    """Called with True to ask the swarm anew."""
+    max_payload: int
+    """Largest result."""
+
+
+class ChainSession:
+    """An open session: feed rows, await results, truncate. `open` first; `close` frees every server at once."""
+
+    def __init__(self, host: Host, router: Router, clock: Clock, tasks: Supervisor, repair_timeout_s: float) -> None:
+        self._host = host
+        self._router = router
+        self._clock = clock
+        self._tasks = tasks
+        self._repair_timeout_s = repair_timeout_s
+        self._links: dict[Hop, Link] = {}
+        self._failed: dict[Hop, str] = {}
+        self._leaving: set[Hop] = set()
+        self.refusing: set[PeerId] = set()
+        """Servers that declined: not asked again by this session."""
+        self._trouble = asyncio.Event()
+        self._have_rows = asyncio.Event()
+        self._results: asyncio.Queue[tuple[Result, bytes] | None] = asyncio.Queue()
+        self._error: SwarmError | None = None
+        self._feeder: asyncio.Task[None] | None = None
+        self._repairer: asyncio.Task[None] | None = None
+        self._repairing = False
+        self._patience = Patience()
+        self.repairs = 0
+        """Repairs made so far."""
+
+    async def open(self, target: Target, plan: Plan) -> list[SwarmError]:
+        """Open the planned chain. Returns what went wrong; then nothing is left open, and another plan is needed."""
+        self._target = target
+        self._machine = ChainMachine(target.spec, [self._hop(hop) for hop in plan.hops])
+        problems = await self._open_hops(self._machine.opens())
+        if problems:
+            await self.close()
+        else:
+            self._start()
+        return problems
+
+    def _start(self) -> None:
+        self._feeder = self._tasks.start(self._feed(), "chain-feed")
+        self._repairer = self._tasks.start(self._repair_forever(), "chain-repair")
+
+    @property
+    def hops(self) -> tuple[Hop, ...]:
+        """The chain as it is now."""
+        return self._machine.hops
+
+    @property
+    def route(self) -> tuple[str, ...]:
+        """`peer[start:end]` of each hop, for people."""
+        return tuple(f"{PeerId(hop.peer).short}[{hop.start}:{hop.end}]" for hop in self._machine.hops)
+
+    @property
+    def spec(self) -> ChainSpec:
+        """The session's constants."""
+        return self._machine.spec
+
+    def position(self, lane: int = 0) -> int:
+        """Rows of a lane fed so far."""
+        return self._machine.position(lane)
+
+    def feed(self, payload: bytes, count: int, want: Want, lane: int = 0) -> int:
+        """Send rows down the chain, as fast as the first hop takes them; returns the position of the first."""
+        self._check()
+        position = self._machine.feed(payload, count, want, lane)
+        self._patience.began(self._clock.now())
+        self._have_rows.set()
+        return position
+
+    def truncate(self, position: int, lane: int = 0) -> None:
+        """Forget a lane's rows from `position` on, everywhere. Only while no result is awaited."""
+        self._check()
+        self._machine.truncate(position, lane)
+        self._have_rows.set()
+
+    async def result(self) -> tuple[Result, bytes]:
+        """The next result that was wanted. Waits through repairs.
+
+        Raises ServerFailed when no replacement was found in time, SessionClosed after close. Cancel-safe.
+        """
+        probes = 0
+        while True:
+            self._check()
+            try:
+                async with asyncio.timeout(self._patience.deadline_s(self._rtt_s())):
+                    item = await self._results.get()
+            except TimeoutError:
+                probes = await self._suspect(probes)
+                continue
+            if item is not None:
+                self._patience.ended(self._clock.now())
+                return item
+
+    def _check(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    async def close(self) -> None:
+        """End the session. Every server frees its memory when its control stream ends. Safe to call twice."""
+        if isinstance(self._error, SessionClosed):
+            return
+        self._error = SessionClosed("the session is closed")
+        tasks = [task for task in (self._feeder, self._repairer) if task is not None]
+        for task in tasks:
+            task.cancel()
+        self._drop(list(self._links))
+        self._results.put_nowait(None)
+
+    # The way down: feeding the first hop.
+
+    async def _feed(self) -> None:
+        first = self._machine.hops[0]
+        link = self._links[first]
+        try:
+            while True:
+                while (outgoing := self._machine.next_outgoing()) is not None:
+                    await link.frames.send(outgoing.message, outgoing.payload)
+                self._have_rows.clear()
+                await self._have_rows.wait()
+        except OSError as exc:
+            self._fail(first, str(exc) or type(exc).__name__)
+
+    def _restart_feeder(self) -> None:
+        if self._feeder is not None:
+            self._feeder.cancel()
+        self._feeder = self._tasks.start(self._feed(), "chain-feed")
+        self._have_rows.set()
+
+    # The way back: each hop's control stream.
+
+    async def _read(self, hop: Hop, link: Link) -> None:
+        reason = "it ended the session"
+        try:
+            while (frame := await link.frames.receive()) is not None:
+                self._on_message(hop, link, *frame)
+        except (OSError, ProtocolError) as exc:
+            reason = str(exc) or type(exc).__name__
+        self._fail(hop, reason)
+
+    def _on_message(self, hop: Hop, link: Link, message: Message, payload: bytes) -> None:
+        match message:
+            case Result():
+                self._on_result(hop, message, payload)
+            case HopFailed(peer=peer, reason=reason):
+                self._on_hop_failed(hop, peer, reason)
+            case LogGone() | NeedReplay():
+                self._machine.replay()
+                self._have_rows.set()
+            case Progress():
+                link.progress = message
+                link.answered.set()
+            case Failed(reason=reason):
+                self._fail(hop, reason)
+            case Draining():
+                self._leaving.add(hop)
+                self._trouble.set()
+            case _:
+                raise RemoteProtocolError(f"unexpected {type(message).__name__} from a server")
+
+    def _on_result(self, hop: Hop, result: Result, payload: bytes) -> None:
+        if hop is not self._machine.hops[-1]:
+            return
+        if self._machine.on_result(result) and result.want != Want.NOTHING:
+            self._results.put_nowait((result, payload))
+
+    def _on_hop_failed(self, reporter: Hop, peer: bytes, reason: str) -> None:
+        """A hop blames a neighbour. Only a neighbour it has now: reports of replaced ones are old news."""
+        hops = self._machine.hops
+        if reporter not in hops:
+            return
+        index = hops.index(reporter)
+        for neighbour in hops[max(0, index - 1) : index + 2]:
+            if neighbour is not reporter and neighbour.peer == peer:
+                self._fail(neighbour, reason)
+
+    # Failures and their repair.
+
+    def _fail(self, hop: Hop, reason: str) -> None:
+        if hop not in self._machine.hops or hop in self._failed or self._error is not None:
+            return
+        logger.info("server %s (blocks %d:%d) failed: %s", PeerId(hop.peer).short, hop.start, hop.end, reason)
+        self._failed[hop] = reason
+        self._router.failed(PeerId(hop.peer))
+        self._trouble.set()
+
+    async def _repair_forever(self) -> None:
+        while True:
+            await self._trouble.wait()
+            self._trouble.clear()
+            self._repairing = True
+            try:
+                await self._repair()
+            except SwarmError as exc:
+                self._error = exc
+                self._results.put_nowait(None)
+                return
+            finally:
+                self._repairing = False
+
+    async def _repair(self) -> None:
+        """Replace hops until none has failed. Raises ServerFailed when time is up."""
+        give_up_at = self._clock.now() + self._repair_timeout_s
+        fresh = False
+        while bad := self._bad_hops():
+            try:
+                hops, session = await self._replace(bad, fresh)
+            except NoRoute as exc:
+                if not self._failed:
+                    self._leaving.clear()  # nobody else has the blocks: stay as long as it stays
+                    return
+                if self._clock.now() > give_up_at:
+                    raise self._gave_up(exc) from exc
+                fresh = True
+                await asyncio.sleep(RETRY_S)
+                continue
+            await self._go_over(hops, session)
+
+    def _bad_hops(self) -> list[Hop]:
+        return [hop for hop in self._machine.hops if hop in self._failed or hop in self._leaving]
+
+    def _gave_up(self, cause: NoRoute) -> ServerFailed:
+        reasons = "; ".join(f"{PeerId(hop.peer).short}: {why}" for hop, why in self._failed.items())
+        return ServerFailed(f"no replacement within {self._repair_timeout_s:.0f} s for {reasons}. {cause}")
+
+    async def _replace(self, bad: Sequence[Hop], fresh: bool) -> tuple[list[Hop], bytes | None]:
+        """The chain with its bad hops planned anew. A wholly new chain comes with a new session id."""
+        view = await self._target.view(fresh)
+        chain = [_planned(hop) for hop in self._machine.hops]
+        peers = {PeerId(hop.peer) for hop in bad}
+        repairs = self._router.repair(chain, peers, view, self._request())
+        hops: list[Hop] = []
+        for hop in self._machine.hops:
+            repair = next((r for r in repairs if r.start <= hop.start < r.end), None)
+            if repair is None:
+                hops.append(hop)
+            elif hop.start == repair.start:
+                hops += [self._hop(planned) for planned in repair.hops]
+        whole = any((r.start, r.end) == (self._target.spec.start, self._target.spec.end) for r in repairs)
+        return hops, new_session_id() if whole else None
+
+    async def _go_over(self, hops: Sequence[Hop], session: bytes | None) -> None:
+        """Open the fresh hops, then tell the survivors. A fresh hop that fails to open has failed like any other."""
+        before = self._machine.hops
+        repair = self._machine.repair(hops, session)
+        self.repairs += 1
+        gone = [hop for hop in before if hop not in hops]
+        self._drop(gone)
+        for hop in gone:
+            self._failed.pop(hop, None)
+            self._leaving.discard(hop)
+        await self._open_hops(repair.opens)
+        for hop, rewire in repair.rewires:
+            try:
+                await self._links[hop].frames.send(rewire)
+            except OSError as exc:
+                self._fail(hop, str(exc) or type(exc).__name__)
+        if before[0] is not hops[0] and hops[0] in self._links:
+            self._restart_feeder()
+        self._have_rows.set()
+
+    async def _open_hops(self, opens: Sequence[tuple[Hop, Open]]) -> list[SwarmError]:
+        """Open hops side by side. Returns what went wrong; the hops concerned are marked."""
+        problems = await asyncio.gather(*(self._open_hop(hop, open_) for hop, open_ in opens))
+        return [problem for problem in problems if problem is not None]
+
+    async def _open_hop(self, hop: Hop, open_: Open) -> SwarmError | None:
+        peer = PeerId(hop.peer)
+        try:
+            link = await open_link(self._host, hop, open_, self._target.max_payload)
+        except HopRefused as exc:
+            self.refusing.add(peer)
+            self._failed[hop] = str(exc)
+            return exc.cause
+        except SwarmError as exc:
+            self._fail(hop, str(exc))
+            return exc
+        self._links[hop] = link
+        self._router.succeeded(peer)
+        link.reader = self._tasks.start(self._read(hop, link), "chain-read")
+        return None
+
+    def _drop(self, hops: Sequence[Hop]) -> None:
+        for hop in hops:
+            link = self._links.pop(hop, None)
+            if link is not None:
+                link.drop()
+
+    # Silence.
+
+    def _rtt_s(self) -> float:
+        """The longest round trip to any hop."""
+        known = (self._host.rtt(PeerId(hop.peer)) for hop in self._machine.hops)
+        return max((rtt for rtt in known if rtt is not None), default=0.0)
+
+    async def _suspect(self, probes: int) -> int:
+        """No result in time: ask every hop how far it is. Returns how often in a row that showed no progress."""
+        if self._repairing or self._error is not None:
+            return 0
+        links = dict(self._links)
+        before = {hop: link.progress for hop, link in links.items()}
+        silent = await self._probe(links)
+        for hop in silent:
+            self._fail(hop, "it does not answer")
+        moved = any(_rows(links[hop].progress) != _rows(before[hop]) for hop in links)
+        if silent or moved:
+            return 0
+        if probes + 1 >= STUCK_PROBES:
+            self._fail(self._holdup(links), "it is stuck")
+            return 0
+        return probes + 1
+
+    async def _probe(self, links: dict[Hop, Link]) -> list[Hop]:
+        """Hops that do not answer."""
+        wait_s = self._patience.probe_s(self._rtt_s())
+        answers = await asyncio.gather(*(link.probe(Probe(nonce=1), wait_s) for link in links.values()))
+        return [hop for hop, answered in zip(links, answers, strict=True) if not answered]
+
+    def _holdup(self, links: dict[Hop, Link]) -> Hop:
+        """The first hop that has rows it has not passed on, or lacks rows the one before has sent."""
+        sent = tuple(self._machine.position(lane) for lane in range(self._target.spec.lanes))
+        for hop in self._machine.hops:
+            progress = links[hop].progress if hop in links else None
+            if progress is None or progress.computed != sent:
+                return hop
+            sent = progress.computed
+        return self._machine.hops[-1]
+
+    # Between planner and protocol.
+
+    def _request(self) -> PlanRequest:
+        request = self._target.request
+        return replace(request, deny=request.deny | self.refusing)
+
+    def _hop(self, planned: PlannedHop) -> Hop:
+        addresses = self._host.addrs(planned.peer)
+        return Hop(
+            peer=planned.peer.raw,
+            start=planned.start,
+            end=planned.end,
+            addresses=tuple(str(address) for address in addresses[:8]),
+            compute_class=planned.compute_class,
+        )
+
+
+def new_session_id() -> bytes:
+    """16 random bytes: a session's name, and what a previous hop must know to attach to it."""
+    return secrets.token_bytes(16)
+
+
+def _planned(hop: Hop) -> PlannedHop:
+    return PlannedHop(
+        peer=PeerId(hop.peer), start=hop.start, end=hop.end, compute_class=hop.compute_class, terms=CostTerms()
+    )
+
+
+def _rows(progress: Progress | None) -> object:
+    return None if progress is None else (progress.received, progress.computed, progress.sent)

@@ -1,0 +1,102 @@
+"""Embedding, LM head and sampling on this machine, for a client that has the model's files.
+
+They run on one thread of their own: the head of Gemma 3 270M alone reads 168 MB a token, and the event loop must not
+wait for that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+from ...kernels import codecs
+from ...kernels.engine import DTYPES, load_embedding, load_head
+from ...kernels.sampling import sample
+from ...protocol.errors import RemoteProtocolError
+from ...protocol.sampling import SamplingParams
+from ...protocol.tensors import Codec, payload_size
+from ..models import Model
+
+T = TypeVar("T")
+
+
+class LocalEnds:
+    """The two ends of a model that are not blocks. Make one with `load`; `close` ends its thread."""
+
+    def __init__(self, model: Model, dtype: torch.dtype) -> None:
+        self._model = model
+        self._dtype = dtype
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="model-ends")
+
+    @classmethod
+    async def load(cls, model: Model, dtype: str) -> LocalEnds:
+        """Read embedding and head from the checkpoint. Raises CorruptCheckpoint, UnsupportedModel."""
+        ends = cls(model, DTYPES[dtype])
+        await ends._run(ends._load)
+        return ends
+
+    def _load(self) -> None:
+        checkpoint = self._model.checkpoint
+        assert checkpoint is not None
+        self._embedding = load_embedding(checkpoint, dtype=self._dtype, device="cpu")
+        self._head = load_head(checkpoint, dtype=self._dtype, device="cpu")
+
+    async def _run(self, work: Callable[[], T]) -> T:
+        def guarded() -> T:
+            with torch.inference_mode():
+                return work()
+
+        return await asyncio.get_running_loop().run_in_executor(self._thread, guarded)
+
+    async def embed(self, ids: Sequence[int], codec: Codec) -> bytes:
+        """Hidden states of token ids, encoded for the wire."""
+        return await self._run(lambda: codecs.encode(self._embedding(torch.tensor(ids, dtype=torch.int64)), codec))
+
+    async def sample(
+        self, payload: bytes, codec: Codec, params: SamplingParams, history: Sequence[int]
+    ) -> tuple[int, float]:
+        """The next token after the last row of `payload`, and its log probability."""
+        return await self._run(lambda: sample(self._logits(payload, codec)[-1], params, history, len(history)))
+
+    async def logits(self, payload: bytes, codec: Codec) -> torch.Tensor:
+        """float32 logits [rows, vocab]."""
+        return await self._run(lambda: self._logits(payload, codec))
+
+    def _logits(self, payload: bytes, codec: Codec) -> torch.Tensor:
+        hidden = self._model.config.hidden_size
+        rows = len(payload) // payload_size(codec, 1, hidden)
+        return self._head.logits(codecs.decode(payload, codec, rows, hidden, self._dtype))
+
+    def close(self) -> None:
+        """End the thread."""
+        self._thread.shutdown(wait=False)
+
+
+async def sample_logits(
+    payload: bytes, vocab: int, params: SamplingParams, history: Sequence[int]
+) -> tuple[int, float]:
+    """The next token from logits a server sent: for choices that look at the history, which only we know."""
+    return await asyncio.to_thread(lambda: sample(as_logits(payload, vocab)[-1], params, history, len(history)))
+
+
+def as_logits(payload: bytes, vocab: int) -> torch.Tensor:
+    """float32 logits [rows, vocab] from the bytes a server sent. Raises RemoteProtocolError unless whole rows."""
+    if not payload or len(payload) % (4 * vocab):
+        raise RemoteProtocolError(f"{len(payload)} bytes are no rows of {vocab} logits")
+    return torch.from_numpy(np.frombuffer(payload, np.float32).copy()).reshape(-1, vocab)
+
+
+def as_hidden(payload: bytes, codec: Codec, hidden: int, dtype: str) -> torch.Tensor:
+    """Hidden states [rows, hidden] from the wire."""
+    rows = len(payload) // payload_size(codec, 1, hidden)
+    return codecs.decode(payload, codec, rows, hidden, DTYPES[dtype])
+
+
+def from_hidden(hidden: torch.Tensor, codec: Codec) -> bytes:
+    """Hidden states [rows, hidden] for the wire."""
+    return codecs.encode(hidden, codec)

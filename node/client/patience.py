@@ -1,0 +1,48 @@
+"""How long to wait for a step before asking what is wrong: a multiple of what steps take, within bounds.
+
+No detector is right for every link and machine, so silence alone never condemns a server: it makes the client ask.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Final
+
+RECENT: Final = 64
+FACTOR: Final = 4.0
+"""Of the slowest recent step."""
+LAN_S: Final = 0.15
+WAN_S: Final = 0.3
+"""Beside two round trips."""
+MOST_S: Final = 5.0
+PROBE_S: Final = 0.5
+"""A live server's loop answers a probe even while its compute thread is busy; this is room for a busy machine."""
+
+
+class Patience:
+    """Learns step times; says when to grow suspicious."""
+
+    def __init__(self) -> None:
+        self._steps: deque[float] = deque(maxlen=RECENT)
+        self._began: float | None = None
+
+    def began(self, now: float) -> None:
+        """Rows were fed."""
+        self._began = now
+
+    def ended(self, now: float) -> None:
+        """Their result came."""
+        if self._began is not None:
+            self._steps.append(now - self._began)
+            self._began = None
+
+    def deadline_s(self, rtt_s: float) -> float:
+        """Time to wait for a result. The first steps of a session have nothing to compare with: wait long."""
+        if len(self._steps) < 2:
+            return MOST_S
+        floor = max(LAN_S, 2 * rtt_s + WAN_S if rtt_s > LAN_S / 10 else LAN_S)
+        return min(MOST_S, max(floor, FACTOR * max(self._steps)))
+
+    def probe_s(self, rtt_s: float) -> float:
+        """Time to wait for the answer to a probe."""
+        return PROBE_S + 2 * rtt_s

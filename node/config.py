@@ -1,0 +1,95 @@
+"""All settings of a node, checked once, here. The command line, environment and TOML file fill this in (cli.py)."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+import platformdirs
+
+from ..protocol.errors import ConfigError
+from ..protocol.multiaddr import Multiaddr
+
+APP: Final = "swarmnode"
+DEFAULT_LISTEN: Final = ("/ip4/0.0.0.0/tcp/0", "/ip6/::/tcp/0")
+DEFAULT_SWARM: Final = "main"
+MAX_NAME: Final = 32
+
+
+def default_data_dir() -> Path:
+    """Where keys live: the XDG data directory, or this system's equivalent."""
+    return Path(platformdirs.user_data_dir(APP))
+
+
+def default_cache_dir() -> Path:
+    """Where converted weights and fetched manifests live; safe to delete."""
+    return Path(platformdirs.user_cache_dir(APP))
+
+
+def default_state_dir() -> Path:
+    """Where running nodes say that they run."""
+    return Path(platformdirs.user_state_dir(APP))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeConfig:
+    """Settings of one node. Invalid ones raise ConfigError naming the field, the value and what is allowed."""
+
+    listen: tuple[str, ...] | list[str] = DEFAULT_LISTEN
+    """Multiaddrs to listen on; empty: only dial."""
+    peers: tuple[str, ...] | list[str] = ()
+    """Multiaddrs, with /p2p/<id>, of any live nodes of the swarm."""
+    swarm: str = DEFAULT_SWARM
+    """Nodes of other swarm names are never seen."""
+    identity: Path | str | None = None
+    """Key file, made if missing. None: an ephemeral identity, or the default file if `persistent`."""
+    persistent: bool = False
+    """Use the default key file (the next free profile of it) and remember the node between runs."""
+    public_name: str = ""
+    """What others see beside the peer id."""
+    data_dir: Path = field(default_factory=default_data_dir)
+    cache_dir: Path = field(default_factory=default_cache_dir)
+    state_dir: Path = field(default_factory=default_state_dir)
+    publish_runtime: bool = False
+    """Write the runtime file by which other commands on this machine find this node."""
+    dht_server: bool = True
+    """Answer others' look-ups. Short-lived clients should not."""
+    kv_bytes: int | None = None
+    """Budget of each served span's KV cache; None: a quarter of the free memory, at most 4 GiB."""
+    log_bytes: int = 256 * 1024 * 1024
+    """Budget of the logs that let a dead neighbour be replaced."""
+    repair_timeout_s: float = 30.0
+    """How long a client waits for a replacement before it gives up, keeping what was generated."""
+
+    def __post_init__(self) -> None:
+        for name in ("listen", "peers"):
+            values = getattr(self, name)
+            if isinstance(values, str):
+                raise ConfigError(f"{name} is the text {values!r}: use a list of multiaddrs")
+            for value in values:
+                Multiaddr.parse(value)
+        for peer in self.peers:
+            if Multiaddr.parse(peer).peer_id is None:
+                raise ConfigError(f"peer address {peer!r} lacks its peer id: append /p2p/<peer id>")
+        if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", self.swarm):
+            raise ConfigError(f"swarm name {self.swarm!r}: use 1 to 64 letters, digits, '.', '_' or '-'")
+        if not self.public_name.isprintable() or len(self.public_name.encode()) > MAX_NAME:
+            raise ConfigError(f"public name {self.public_name!r}: use at most {MAX_NAME} printable characters")
+        for name in ("kv_bytes", "log_bytes"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} is {value}: use a positive number of bytes")
+        if not 0 < self.repair_timeout_s < 86_400:
+            raise ConfigError(f"repair_timeout_s is {self.repair_timeout_s}: use 0 to 86400 seconds")
+
+    @property
+    def listen_addrs(self) -> tuple[Multiaddr, ...]:
+        """`listen`, parsed."""
+        return tuple(Multiaddr.parse(text) for text in self.listen)
+
+    @property
+    def peer_addrs(self) -> tuple[Multiaddr, ...]:
+        """`peers`, parsed."""
+        return tuple(Multiaddr.parse(text) for text in self.peers)

@@ -1,0 +1,317 @@
+"""Node: the whole of swarmnode as one async context manager, for the command line and for other programs alike.
+
+It installs no signal handlers, runs no event loop of its own, and touches no global state: no torch threads, no logging
+configuration. Everything it starts ends with it. Torch is loaded when blocks are served or a model's own ends are
+used, not before.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Final, Self
+
+from ..protocol.errors import ConfigError, ModelNotFound, SwarmError
+from ..protocol.ids import PeerId
+from ..protocol.messages import INFO_MESSAGES, INFO_PROTOCOL, GetInfo, Info
+from ..protocol.multiaddr import Multiaddr
+from ..routing.placement import choose_span
+from ..routing.swarm import SwarmView
+from .client.model import Context, RemoteModel
+from .client.router import Router, SwarmModel
+from .clock import Clock
+from .config import NodeConfig
+from .discovery import Discovery
+from .framing import FrameStream
+from .host import ConnectionInfo, Host
+from .identity import Identity
+from .models import Model, Models
+from .runtime import RuntimeFile
+from .server.role import ServerRole
+from .server.span import LoadProgress, ServedSpan, SpanSettings, blocks_that_fit
+from .tasks import Supervisor
+from .transport.base import Transport
+
+BUILTIN_MODEL: Final = "gemma3-270m"
+ASK_S: Final = 2.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpanStatus:
+    """A span this node serves."""
+
+    model: str
+    digest: str
+    start: int
+    end: int
+    num_blocks: int
+    quant: str
+    compute_class: str
+    kv_free_tokens: int
+    sessions: int
+    rows_computed: int
+    busy_s: float
+    decode_s: float
+    """Per block and token."""
+    prefill_s: float
+    """Per block and 128 tokens."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeStatus:
+    """One snapshot of a node."""
+
+    peer_id: str
+    swarm: str
+    addrs: tuple[str, ...]
+    peers: int
+    """Open connections."""
+    known_nodes: int
+    """Nodes in the DHT's routing table."""
+    sessions: int
+    spans: tuple[SpanStatus, ...]
+
+
+class Node:
+    """A swarm node. `async with Node(NodeConfig(...)) as node: ...`"""
+
+    def __init__(
+        self,
+        config: NodeConfig | None = None,
+        *,
+        transports: Sequence[Transport] | None = None,
+        clock: Clock | None = None,
+        rng: random.Random | None = None,
+    ) -> None:
+        self.config = config or NodeConfig()
+        self._transports = transports
+        self._clock = clock or Clock()
+        self._rng = rng or random.Random()
+        self._stack = contextlib.AsyncExitStack()
+        self._server: ServerRole | None = None
+        self._remote: dict[tuple[bytes, bool, str], RemoteModel] = {}
+
+    async def __aenter__(self) -> Self:
+        """Listen, join the swarm through the peers given. Raises ConfigError, PeerUnreachable."""
+        async with contextlib.AsyncExitStack() as stack:
+            identity = self._identity()
+            stack.callback(identity.close)
+            self.host = await stack.enter_async_context(
+                Host(
+                    identity.key,
+                    listen=self.config.listen_addrs,
+                    transports=self._transports,
+                    clock=self._clock,
+                    rng=self._rng,
+                )
+            )
+            self._tasks = await stack.enter_async_context(Supervisor("node"))
+            await self._join()
+            self._publish_runtime(stack)
+            self._stack = stack.pop_all()
+        return self
+
+    async def _join(self) -> None:
+        config, clock = self.config, self._clock
+        self.discovery = Discovery(
+            self.host, clock=clock, rng=self._rng, swarm_name=config.swarm, server_mode=config.dht_server
+        )
+        self._tasks.start(self.discovery.run(), "discovery")
+        self.models_here = Models(self.host, config.cache_dir)
+        self._router = Router(self.host, self.discovery, clock, self._rng, config.swarm)
+        self._context = Context(self.host, self._router, clock, self._tasks, config.repair_timeout_s)
+        if config.peers:
+            await self.discovery.bootstrap(config.peer_addrs)
+
+    def _publish_runtime(self, stack: contextlib.AsyncExitStack) -> None:
+        if self.config.publish_runtime:
+            file = RuntimeFile(self.config.state_dir, self.peer_id, self.config.swarm, self.addrs)
+            stack.callback(file.remove)
+
+    def _identity(self) -> Identity:
+        if self.config.identity is not None:
+            from pathlib import Path
+
+            return Identity.at(Path(self.config.identity))
+        return Identity.default(self.config.data_dir) if self.config.persistent else Identity.ephemeral()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Leave at once; see `drain` for leaving without anybody noticing. Safe to call twice."""
+        for model in self._remote.values():
+            await model.close()
+        self._remote.clear()
+        if self._server is not None:
+            await self._server.aclose()
+            self._server = None
+        await self._stack.aclose()
+
+    @property
+    def peer_id(self) -> PeerId:
+        """This node's id."""
+        return self.host.peer_id
+
+    @property
+    def addrs(self) -> tuple[Multiaddr, ...]:
+        """Addresses others can dial, with /p2p/<id>: what to give to their --peer."""
+        return self.host.listen_addrs
+
+    # The server role.
+
+    async def serve(
+        self,
+        model: str,
+        *,
+        span: tuple[int, int] | None = None,
+        quant: str | None = None,
+        dtype: str = "bf16",
+        device: str = "cpu",
+        progress: LoadProgress | None = None,
+        opening: Callable[[str, int, int], None] | None = None,
+    ) -> ServedSpan:
+        """Serve blocks of a model; returns when they are announced. `span=None` chooses what the swarm lacks most.
+
+        Raises ModelNotFound, UnsupportedModel, CorruptCheckpoint, ConfigError.
+        """
+        settings = SpanSettings(quant=quant, dtype=dtype, device=device, kv_bytes=self.config.kv_bytes)
+        opened = await self.models_here.open(model, opening)
+        if self._server is not None and any(s.model.digest == opened.digest for s in self._server.spans):
+            raise ConfigError(f"this node already serves {opened.name}: start another node for another span of it")
+        if span is None:
+            span = await self._choose_span(opened)
+        return await self._role().serve(opened, span, settings, progress)
+
+    async def _choose_span(self, model: Model) -> tuple[int, int]:
+        view = await self._view(model)
+        return choose_span(view, blocks_that_fit(model), self._rng)
+
+    def _role(self) -> ServerRole:
+        if self._server is None:
+            config = self.config
+            self._server = ServerRole(
+                self.host,
+                self.discovery,
+                self._tasks,
+                swarm=config.swarm,
+                public_name=config.public_name,
+                log_bytes=config.log_bytes,
+            )
+        return self._server
+
+    async def drain(self) -> None:
+        """Leave the swarm without anybody noticing: sessions move to other servers, records are withdrawn."""
+        if self._server is not None:
+            await self._server.drain()
+        await self.discovery.leave()
+
+    # The client role.
+
+    async def model(self, name: str | None = None, *, local_ends: bool = True, dtype: str = "bf16") -> RemoteModel:
+        """A model to use: by local path or name, `name@digest`, or a name the swarm lists; None: the only one served.
+
+        With `local_ends`, embedding and head run here if the files are here. Raises ModelNotFound, ConfigError.
+        """
+        model = await self._find_model(name)
+        key = model.digest, local_ends, dtype
+        if key not in self._remote:
+            self._remote[key] = RemoteModel(self._context, model, local_ends=local_ends, dtype=dtype)
+        return self._remote[key]
+
+    async def _find_model(self, name: str | None) -> Model:
+        if name is None:
+            return await self._only_model()
+        try:
+            return await self.models_here.open(name)
+        except ModelNotFound as local:
+            return await self._from_swarm(name, local)
+
+    async def _only_model(self) -> Model:
+        listed = await self.models()
+        if len(listed) > 1:
+            names = ", ".join(f"{model.name}@{model.digest.hex()[:12]}" for model in listed)
+            raise ConfigError(f"the swarm serves several models: choose one with --model: {names}")
+        return await self._find_model(listed[0].name if listed else BUILTIN_MODEL)
+
+    async def _from_swarm(self, name: str, local: ModelNotFound) -> Model:
+        """A model the swarm lists, its manifest fetched from a server of it."""
+        wanted, _, digest = name.partition("@")
+        for listing in await self.models():
+            if wanted in (listing.name, listing.name.rpartition("/")[2]) and listing.digest.hex().startswith(digest):
+                view = await self._router.view(listing.name, listing.digest, listing.num_blocks)
+                return await self.models_here.fetch(listing.digest, self._router.servers(view))
+        raise ModelNotFound(f"{local}; and no node of the swarm {self.config.swarm!r} lists a model of that name")
+
+    async def models(self) -> list[SwarmModel]:
+        """Models the swarm serves, the most served first."""
+        return await self._router.models()
+
+    # Looking around.
+
+    async def view(self, name: str) -> SwarmView:
+        """Who serves which blocks of a model."""
+        return await self._view(await self._find_model(name))
+
+    async def _view(self, model: Model) -> SwarmView:
+        return await self._router.view(model.name, model.digest, model.config.num_blocks, fresh=True)
+
+    async def peers(self) -> Sequence[ConnectionInfo]:
+        """Open connections."""
+        return self.host.connections()
+
+    async def ping(self, addr: str) -> float:
+        """Round trip in seconds to the node at a multiaddr, its id checked. Raises PeerUnreachable."""
+        address = Multiaddr.parse(addr)
+        peer = await self.host.connect(address.peer_id, [address])
+        return await self.host.ping(peer)
+
+    async def info(self, peer: PeerId, digest: bytes) -> Info | None:
+        """A server's live state, asked from it; None if it does not answer."""
+        try:
+            async with asyncio.timeout(ASK_S):
+                frames = FrameStream(await self.host.open_stream(peer, INFO_PROTOCOL), INFO_MESSAGES)
+                await frames.send(GetInfo(digest=digest))
+                answer = await frames.receive()
+                await frames.close()
+        except (OSError, SwarmError, TimeoutError):
+            return None
+        return answer[0] if answer is not None and isinstance(answer[0], Info) else None
+
+    async def status(self) -> NodeStatus:
+        """One typed snapshot: addresses, peers, spans, sessions."""
+        server = self._server
+        return NodeStatus(
+            peer_id=str(self.peer_id),
+            swarm=self.config.swarm,
+            addrs=tuple(str(addr) for addr in self.addrs),
+            peers=len(self.host.peers()),
+            known_nodes=len(self.discovery.peers()),
+            sessions=len(server.sessions) if server else 0,
+            spans=tuple(_span_status(span, len(server.sessions)) for span in server.spans) if server else (),
+        )
+
+
+def _span_status(span: ServedSpan, sessions: int) -> SpanStatus:
+    timings = span.worker.timings
+    return SpanStatus(
+        model=span.model.name,
+        digest=span.model.digest.hex(),
+        start=span.start,
+        end=span.end,
+        num_blocks=span.model.config.num_blocks,
+        quant=span.quant,
+        compute_class=span.compute_class.hex(),
+        kv_free_tokens=span.kv_free,
+        sessions=sessions,
+        rows_computed=timings.rows,
+        busy_s=timings.busy_s,
+        decode_s=timings.decode_s,
+        prefill_s=timings.prefill_s,
+    )

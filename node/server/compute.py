@@ -1,0 +1,276 @@
+"""The compute thread of one device: takes jobs of all sessions, runs them through the span in batches.
+
+The event loop never waits for it and it never waits for the loop: jobs come in under a lock, outcomes go back with
+call_soon_threadsafe. What a job needs in torch (decode or embed its rows, the blocks, encode or sample) happens here,
+on this thread alone, so KV caches need no locks; freeing a session's cache is just another thing the thread does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+import numpy as np
+import torch
+
+from ...kernels import codecs
+from ...kernels.head import Embedding, Head
+from ...kernels.kvcache import KVPool, LaneCache, NeedReplay
+from ...kernels.sampling import sample
+from ...kernels.span import Piece, Span
+from ...protocol.errors import RemoteProtocolError, SwarmError
+from ...protocol.messages import Kind, Open, Output, Want
+from ...protocol.sampling import SamplingParams
+from ...protocol.session import Job
+from ...protocol.tensors import Codec, codec_at
+from .scheduler import DECODE_ROWS, Item, Scheduler
+
+MAX_WAITING_ROWS: Final = 1 << 16
+"""Rows all sessions together may have waiting; sessions bound themselves far below this."""
+_SMOOTHING: Final = 0.1
+"""Weight of the newest pass in the running mean of block times."""
+
+
+class KVGone(SwarmError):
+    """A windowed layer has dropped keys that a rewind needs: the rows must be replayed from the start."""
+
+
+@dataclass(slots=True)
+class Seat:
+    """A session's place at the device: its lanes' KV caches and how its rows come in and go out."""
+
+    start: int
+    end: int
+    codec: Codec
+    cuts: frozenset[int]
+    embed: bool
+    output: Output
+    is_tail: bool
+    sampling: SamplingParams
+    caches: list[LaneCache]
+    closed: bool = False
+
+    def codec_at(self, border: int) -> Codec:
+        """What hidden states travel in at this border."""
+        return codec_at(border, self.codec, self.cuts)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a job."""
+
+    payload: bytes = b""
+    token: int = -1
+    logprob: float = 0.0
+    seconds: float = 0.0
+    """Wall time of the pass the job was part of."""
+    error: SwarmError | None = None
+
+
+@dataclass(slots=True)
+class _Work:
+    seat: Seat
+    job: Job
+    done: Callable[[Outcome], None]
+    rows: torch.Tensor | None = None  # [count, hidden]
+    outcome: Outcome | None = None
+
+
+@dataclass(slots=True)
+class Timings:
+    """Running means of what a block takes here, in seconds; what the server announces."""
+
+    decode_s: float = 0.0
+    prefill_s: float = 0.0
+    """Per block, for a chunk of 128 tokens."""
+    busy_s: float = 0.0
+    """Time spent computing so far."""
+    rows: int = field(default=0)
+    """Rows computed so far."""
+
+    def learn(self, rows: int, blocks: int, seconds: float) -> None:
+        """One pass of `rows` rows through `blocks` blocks took this long."""
+        self.busy_s += seconds
+        self.rows += rows
+        if rows <= DECODE_ROWS:
+            self.decode_s += (seconds / blocks - self.decode_s) * _SMOOTHING
+        else:
+            self.prefill_s += (seconds / blocks * 128 / rows - self.prefill_s) * _SMOOTHING
+
+
+class Worker:
+    """Owns the thread. All methods are called from the event loop, except those starting with `_run`."""
+
+    def __init__(
+        self, span: Span, pool: KVPool, embedding: Embedding | None, head: Head | None, timings: Timings
+    ) -> None:
+        self.span = span
+        self.pool = pool
+        self.embedding = embedding
+        self.head = head
+        self.timings = timings
+        self._loop = asyncio.get_running_loop()
+        self._scheduler: Scheduler[_Work] = Scheduler()
+        self._condition = threading.Condition()
+        self._to_free: list[LaneCache] = []
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name=f"compute-{span.start}:{span.end}", daemon=True)
+        self._thread.start()
+
+    @property
+    def queue_s(self) -> float:
+        """Estimated time a new job would wait."""
+        blocks = self.span.end - self.span.start
+        return min(3600.0, self._scheduler.rows * self.timings.decode_s * blocks)
+
+    def open(self, request: Open) -> Seat:
+        """Make room for a session. Raises ServerBusy when the KV budget is spent."""
+        caches: list[LaneCache] = []
+        try:
+            caches.extend(self.pool.open_lane(request.start, request.end) for _ in range(request.lanes))
+        except SwarmError:
+            for cache in caches:
+                cache.free()
+            raise
+        return Seat(
+            start=request.start,
+            end=request.end,
+            codec=Codec(request.codec),
+            cuts=frozenset(request.cuts),
+            embed=request.embed,
+            output=Output(request.output),
+            is_tail=not request.next,
+            sampling=SamplingParams.from_wire(request.sampling) if request.sampling else SamplingParams(),
+            caches=caches,
+        )
+
+    def submit(self, seat: Seat, job: Job, done: Callable[[Outcome], None]) -> None:
+        """Queue a job; `done` is called on the loop with its outcome, unless the seat was released meanwhile."""
+        item = Item((id(seat), job.lane), (seat.start, seat.end), job.count, _Work(seat, job, done))
+        with self._condition:
+            self._scheduler.add(item)
+            self._condition.notify()
+
+    def release(self, seat: Seat) -> None:
+        """The session has ended: drop its jobs and give its memory back. Safe to call twice."""
+        with self._condition:
+            if seat.closed:
+                return
+            seat.closed = True
+            for lane in range(len(seat.caches)):
+                self._scheduler.remove((id(seat), lane))
+            self._to_free.extend(seat.caches)
+            self._condition.notify()
+
+    def stop(self) -> None:
+        """End the thread after its current pass and wait for it (a pass takes milliseconds)."""
+        with self._condition:
+            self._stopping = True
+            self._condition.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        with torch.inference_mode():
+            while (batch := self._run_wait()) is not None:
+                self._run_batch([item.work for item in batch])
+
+    def _run_wait(self) -> list[Item[_Work]] | None:
+        """Block until there is something to do; None when the thread is to end."""
+        with self._condition:
+            while not self._stopping:
+                while self._to_free:
+                    self._to_free.pop().free()
+                if batch := self._scheduler.next_batch():
+                    return batch
+                self._condition.wait()
+        return None
+
+    def _run_batch(self, batch: Sequence[_Work]) -> None:
+        began = time.perf_counter()
+        ready = [work for work in batch if self._run_prepare(work)]
+        if ready:
+            self._run_blocks(ready)
+        seconds = time.perf_counter() - began
+        for work in batch:
+            outcome = work.outcome or Outcome()
+            timed = Outcome(outcome.payload, outcome.token, outcome.logprob, seconds, outcome.error)
+            self._loop.call_soon_threadsafe(_deliver, work, timed)
+
+    def _run_prepare(self, work: _Work) -> bool:
+        """Rows in, cache cut and room reserved. A fault of one job is that job's outcome, not its neighbours'."""
+        seat, job = work.seat, work.job
+        try:
+            work.rows = self._run_rows(seat, job)
+            cache = seat.caches[job.lane]
+            if job.position == 0 and cache.length:
+                cache.reset()  # a replay from the start: also windowed blocks can do that
+            cache.truncate(job.position)
+            cache.reserve(job.position + job.count)
+        except NeedReplay as exc:
+            work.outcome = Outcome(error=KVGone(str(exc)))
+            return False
+        except SwarmError as exc:
+            work.outcome = Outcome(error=exc)
+            return False
+        return True
+
+    def _run_rows(self, seat: Seat, job: Job) -> torch.Tensor:
+        """[count, hidden] in the compute dtype."""
+        config = self.span.config
+        if job.payload_kind == Kind.HIDDEN:
+            return codecs.decode(job.payload, seat.codec_at(seat.start), job.count, config.hidden_size, self.span.dtype)
+        assert self.embedding is not None
+        ids = np.frombuffer(job.payload, np.uint32).astype(np.int64)
+        if int(ids.max()) >= config.vocab_size:
+            raise RemoteProtocolError(f"token id {int(ids.max())} is not in the vocabulary of {config.vocab_size}")
+        rows = self.embedding(torch.from_numpy(ids))
+        return codecs.round_trip(rows, seat.codec) if seat.start in seat.cuts else rows
+
+    def _run_blocks(self, ready: Sequence[_Work]) -> None:
+        seat = ready[0].seat
+        pieces = [
+            Piece(w.seat.caches[w.job.lane], w.job.position, w.job.count, w.seat.cuts, w.seat.codec) for w in ready
+        ]
+        rows = torch.cat([w.rows for w in ready if w.rows is not None]) if len(ready) > 1 else ready[0].rows
+        assert rows is not None
+        began = time.perf_counter()
+        out = self.span.run(rows, pieces, seat.start, seat.end)
+        self.timings.learn(rows.shape[0], seat.end - seat.start, time.perf_counter() - began)
+        offset = 0
+        for work in ready:
+            self._run_finish(work, out[offset : offset + work.job.count])
+            offset += work.job.count
+
+    def _run_finish(self, work: _Work, rows: torch.Tensor) -> None:
+        try:
+            work.outcome = self._run_output(work.seat, work.job, rows)
+        except SwarmError as exc:
+            work.outcome = Outcome(error=exc)
+
+    def _run_output(self, seat: Seat, job: Job, rows: torch.Tensor) -> Outcome:
+        """What leaves this hop for these rows."""
+        if not seat.is_tail:
+            return Outcome(codecs.encode(rows, seat.codec_at(seat.end)))
+        if job.want == Want.NOTHING:
+            return Outcome()
+        rows = rows[-1:] if job.want == Want.LAST else rows
+        if seat.output == Output.HIDDEN:
+            return Outcome(codecs.encode(rows, seat.codec_at(seat.end)))
+        assert self.head is not None
+        if seat.end in seat.cuts:
+            rows = codecs.round_trip(rows, seat.codec)
+        logits = self.head.logits(rows)
+        if seat.output == Output.LOGITS:
+            return Outcome(logits.float().numpy().tobytes())
+        token, logprob = sample(logits[-1], seat.sampling, (), job.position + job.count)
+        return Outcome(token=token, logprob=min(0.0, logprob))
+
+
+def _deliver(work: _Work, outcome: Outcome) -> None:
+    """On the loop: hand the outcome over, unless its session is gone."""
+    if not work.seat.closed:
+        work.done(outcome)
