@@ -1,0 +1,112 @@
+"""Attention of one session's new rows over its cached keys, with bits that do not depend on how rows are grouped.
+
+Recipe (found by measurement, see docs/engine.md): scores and weighted values in fp32; keys in tiles of 64 at absolute
+positions; the row maximum over all keys (a maximum has no order); sums tile by tile, first to last. A tile that a row
+cannot see adds exact zeros, so it makes no difference whether it is computed, left out or already dropped from a
+sliding window. Query rows are padded to a multiple of 4, as everywhere. One product over the whole key range would be
+simpler and a little faster, but the library then cuts the sum where it likes: 1-2 % of rows changed bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch.nn import functional
+
+from .linear import ROWS
+
+TILE: Final = 64
+"""Keys per tile; cache capacity and window borders are multiples of it."""
+QUERY_BLOCK: Final = 64
+"""Query positions handled at once in a prefill: bounds the scores in memory and skips keys that lie ahead."""
+_MASKED: Final = -1e30
+"""Score of a key that may not be seen; exp makes it exactly 0. Finite, so that no row can become NaN by it."""
+
+
+@dataclass(frozen=True, slots=True)
+class QueryBlock:
+    """Some consecutive query positions of a piece and the keys they need."""
+
+    first: int
+    """Rows [first, last) of the piece."""
+    last: int
+    """End of the rows."""
+    key_start: int
+    """First key position, a multiple of TILE."""
+    key_end: int
+    """End of the keys, a multiple of TILE."""
+    mask: torch.Tensor
+    """bool [padded query rows, keys]: True where a key may not be seen. Query rows are (position, head of group)."""
+
+
+def plan_queries(
+    position: int, count: int, *, group: int, window: int | None, device: torch.device
+) -> list[QueryBlock]:
+    """Cut `count` queries from `position` on into blocks; `group` query heads share a KV head."""
+    blocks = []
+    for first in range(0, count, QUERY_BLOCK):
+        last = min(first + QUERY_BLOCK, count)
+        key_end = tile_ceil(position + last)
+        key_start = first_key(position + first, window)
+        rows = torch.arange(position + first, position + last, device=device).repeat_interleave(group)
+        padding = -rows.shape[0] % ROWS
+        rows = torch.cat((rows, rows[-1:].expand(padding))) if padding else rows
+        keys = torch.arange(key_start, key_end, device=device)
+        mask = keys[None, :] > rows[:, None]
+        if window is not None:
+            mask |= keys[None, :] <= rows[:, None] - window
+        blocks.append(QueryBlock(first, last, key_start, key_end, mask))
+    return blocks
+
+
+def first_key(position: int, window: int | None) -> int:
+    """Start of the first tile that a query at `position` can see."""
+    return 0 if window is None else max(0, position - window + 1) // TILE * TILE
+
+
+def tile_ceil(length: int) -> int:
+    """`length` rounded up to whole tiles."""
+    return -(-length // TILE) * TILE
+
+
+def attend(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, block: QueryBlock, out: torch.Tensor
+) -> None:
+    """Exact attention of one block.
+
+    queries fp32 [rows, heads, d], already scaled; keys and values fp32 [kv_heads, block keys, d];
+    out fp32 [rows, heads * d] is written.
+    """
+    rows, heads, width = queries.shape
+    kv_heads, length, _ = keys.shape
+    group = heads // kv_heads
+    grouped = queries.view(rows, kv_heads, group, width).transpose(0, 1).reshape(kv_heads, rows * group, width)
+    if padding := -grouped.shape[1] % ROWS:
+        grouped = torch.cat((grouped, grouped.new_zeros(kv_heads, padding, width)), 1)
+    weights = torch.bmm(grouped, keys.mT)  # [kv_heads, query rows, keys]
+    weights.masked_fill_(block.mask, _MASKED)
+    weights.sub_(weights.amax(-1, keepdim=True)).exp_()
+    totals = weights.view(kv_heads, -1, length // TILE, TILE).sum(-1)  # [kv_heads, query rows, tiles]
+    if length > TILE:
+        totals = totals.cumsum(-1)[..., -1:]
+    mixed = torch.bmm(weights[..., :TILE], values[:, :TILE])  # [kv_heads, query rows, d]
+    for start in range(TILE, length, TILE):
+        mixed.baddbmm_(weights[..., start : start + TILE], values[:, start : start + TILE])
+    mixed.div_(totals)
+    result = mixed[:, : rows * group].view(kv_heads, rows, group, width).transpose(0, 1)
+    out.view(rows, kv_heads, group, width).copy_(result)
+
+
+def attend_fused(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, block: QueryBlock, out: torch.Tensor
+) -> None:
+    """The same by torch's fused attention, for devices where launches cost more than exactness can be had for."""
+    rows, heads, width = queries.shape
+    group = heads // keys.shape[0]
+    visible = ~block.mask[: rows * group : group]  # [rows, keys]
+    result = functional.scaled_dot_product_attention(
+        queries.transpose(0, 1).to(keys.dtype)[None], keys[None], values[None], visible, scale=1.0, enable_gqa=True
+    )
+    out.view(rows, heads, width).copy_(result[0].transpose(0, 1))

@@ -1,0 +1,146 @@
+"""From a checkpoint to something that computes: spans, embedding and head, quantized block by block while loading.
+
+Only one block's tensors are in memory unquantized at a time, so the peak while loading is the final size plus one
+block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Final, Protocol
+
+import torch
+
+from ..protocol.errors import ConfigError, CorruptCheckpoint
+from .blocks import Block, MakeLinear
+from .head import Embedding, FloatTable, Head, Q8Table
+from .linear import Linear, make_linear
+from .models import gemma3, llama
+from .models.config import ModelConfig
+from .norms import RMSNorm
+from .span import Span
+
+Progress = Callable[[int, int], None]
+"""Called with (blocks loaded, blocks in all) after every block."""
+
+QUANTS: Final = ("none", "int8", "nf4")
+"""Ways to hold the weights of blocks."""
+DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""Compute dtypes by the names users type."""
+INT8_PARAMETERS: Final = 3_000_000_000
+"""Below this many parameters 4 bits cost too much quality (NF4 on Gemma 3 270M: +25 % perplexity, int8 +0.4 %)."""
+_BUILDERS: Final = {"llama": llama.build_block, "gemma3": gemma3.build_block}
+
+
+class Source(Protocol):
+    """What the engine asks of a checkpoint (loading.checkpoint.Checkpoint has more)."""
+
+    @property
+    def config(self) -> ModelConfig: ...
+    @property
+    def head_kind(self) -> str: ...
+    def block(self, index: int, dtype: torch.dtype) -> Mapping[str, torch.Tensor]: ...
+    def embedding(self, dtype: torch.dtype) -> torch.Tensor: ...
+    def head(self, dtype: torch.dtype) -> Mapping[str, torch.Tensor]: ...
+    def final_norm(self, dtype: torch.dtype) -> Mapping[str, torch.Tensor]: ...
+    def head_q8(self) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
+def default_quant(config: ModelConfig, blocks: int, free_bytes: int) -> str:
+    """How to hold `blocks` blocks where nothing was asked for: bf16 if it fits, else int8 or, for big models, nf4."""
+    if blocks * config.block_parameters() * 2 <= free_bytes:
+        return "none"
+    return "int8" if config.parameters() < INT8_PARAMETERS else "nf4"
+
+
+def span_bytes(config: ModelConfig, blocks: int, dtype: torch.dtype, quant: str) -> int:
+    """Estimated memory of so many blocks' weights: what placement asks before it loads."""
+    bits = {"none": dtype.itemsize * 8.0, "int8": 8.1, "nf4": 4.5}[_known(quant)]
+    return int(blocks * config.block_parameters() * bits / 8)
+
+
+def load_span(
+    checkpoint: Source,
+    start: int,
+    end: int,
+    *,
+    dtype: torch.dtype,
+    quant: str = "none",
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+) -> Span:
+    """Load blocks [start, end). Raises ConfigError, CorruptCheckpoint, UnsupportedModel."""
+    config, device = checkpoint.config, torch.device(device)
+    if not 0 <= start < end <= config.num_blocks:
+        raise ConfigError(f"the model has {config.num_blocks} blocks: use a span within 0:{config.num_blocks}, or auto")
+    make = _maker(quant, dtype, device)
+    build = _BUILDERS[config.family]
+    # Quantizing starts from the stored values, not from a bf16 rounding of them.
+    read_dtype = dtype if quant == "none" else torch.float32
+    blocks: list[Block] = []
+    with torch.inference_mode():
+        for index in range(start, end):
+            blocks.append(build(config, index, checkpoint.block(index, read_dtype), make, device))
+            if progress is not None:
+                progress(index - start + 1, end - start)
+    return Span(config, start, blocks, dtype=dtype, quant=quant, device=device)
+
+
+def load_embedding(checkpoint: Source, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> Embedding:
+    """The embedding matrix, in 8 bits where the checkpoint stores it together with the head as Q8_0."""
+    config, device = checkpoint.config, torch.device(device)
+    if config.tied_head and checkpoint.head_kind == "q8_0":
+        values, scales = checkpoint.head_q8()
+        _check_shape("embedding", values, config)
+        return Embedding(Q8Table(values.to(device), scales.to(device)), config.embed_scale, dtype, device)
+    weight = checkpoint.embedding(dtype)
+    _check_shape("embedding", weight, config)
+    return Embedding(FloatTable(weight.to(device)), config.embed_scale, dtype, device)
+
+
+def load_head(checkpoint: Source, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> Head:
+    """Final norm and LM head; 8 bits where the checkpoint stores 8 and compute is not fp32."""
+    config, device = checkpoint.config, torch.device(device)
+    with torch.inference_mode():
+        norm_weight = checkpoint.final_norm(torch.float32)["weight"]
+        norm = RMSNorm(norm_weight.float() + config.norm_offset, config.norm_eps, device)
+        return Head(norm, _head_linear(checkpoint, dtype, device), config.hidden_size, config.final_softcap)
+
+
+def _head_linear(checkpoint: Source, dtype: torch.dtype, device: torch.device) -> Linear:
+    if checkpoint.head_kind == "q8_0" and dtype is not torch.float32:
+        from .quant.int8 import Int8Linear
+
+        values, scales = checkpoint.head_q8()
+        _check_shape("head", values, checkpoint.config)
+        return Int8Linear.from_q8(values.to(device), scales.to(device))
+    weight = checkpoint.head(dtype)["lm_head.weight"]
+    _check_shape("head", weight, checkpoint.config)
+    return make_linear(weight, None, dtype, device)
+
+
+def _check_shape(name: str, weight: torch.Tensor, config: ModelConfig) -> None:
+    if tuple(weight.shape) != (config.vocab_size, config.hidden_size):
+        raise CorruptCheckpoint(
+            f"the {name} has shape {tuple(weight.shape)}, its config says {(config.vocab_size, config.hidden_size)}"
+        )
+
+
+def _maker(quant: str, dtype: torch.dtype, device: torch.device) -> MakeLinear:
+    match _known(quant):
+        case "int8":
+            from .quant.int8 import make_int8
+
+            return partial(make_int8, device=device)
+        case "nf4":
+            from .quant.nf4 import make_nf4
+
+            return partial(make_nf4, device=device)
+    return partial(make_linear, dtype=dtype, device=device)
+
+
+def _known(quant: str) -> str:
+    if quant not in QUANTS:
+        raise ConfigError(f"unknown quantization {quant!r}: use {', '.join(QUANTS)}")
+    return quant

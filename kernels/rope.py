@@ -1,0 +1,131 @@
+"""Rotary position embedding from tables indexed by absolute position, applied as one complex multiplication.
+
+A query or key head of width d is d/2 pairs, and rotating pair i at position p multiplies it, as a complex number, by
+exp(i p f_i). Checkpoints in Hugging Face layout put the two halves of a pair d/2 apart; `interleave` brings them
+together by permuting the rows of q_proj and k_proj once, at load time. Scores do not change (queries and keys are
+permuted alike), and six elementwise calls per layer become one.
+
+A table row depends on its position only, so a key has the same bits whether it came in a prompt or as one token.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Final
+
+import torch
+
+from .models.config import RopeConfig
+
+_TABLE_STEP: Final = 1_024
+"""Positions added to a table at a time, at least."""
+SERIAL_ELEMENTS: Final = 32_767
+"""torch splits elementwise work over threads from 32,768 elements on, anywhere in a row; the complex product
+rounds differently in vector code and at such ragged ends, so bigger work is cut into whole rows below that."""
+
+
+def inverse_frequencies(rope: RopeConfig, head_dim: int) -> torch.Tensor:
+    """Radians per position of each pair, fp32 [head_dim / 2], as transformers computes them."""
+    frequencies = _series(rope.theta, head_dim)
+    match rope.kind:
+        case "linear":
+            return frequencies / rope.factor
+        case "llama3":
+            return _llama3(rope, frequencies)
+        case "yarn":
+            return _yarn(rope, head_dim)
+    return frequencies
+
+
+def _series(theta: float, head_dim: int) -> torch.Tensor:
+    return torch.reciprocal(theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim))
+
+
+def _llama3(rope: RopeConfig, frequencies: torch.Tensor) -> torch.Tensor:
+    """Llama 3.1: long wavelengths stretched, short ones kept, a smooth passage between."""
+    wavelengths = 2 * math.pi / frequencies
+    longest = rope.original_positions / rope.low_freq_factor
+    shortest = rope.original_positions / rope.high_freq_factor
+    smooth = (rope.original_positions / wavelengths - rope.low_freq_factor) / (
+        rope.high_freq_factor - rope.low_freq_factor
+    )
+    blended = (1 - smooth) * frequencies / rope.factor + smooth * frequencies
+    stretched = torch.where(wavelengths > longest, frequencies / rope.factor, blended)
+    return torch.where(wavelengths < shortest, frequencies, stretched)
+
+
+def _yarn(rope: RopeConfig, head_dim: int) -> torch.Tensor:
+    """YaRN (arXiv 2309.00071): interpolation and extrapolation blended by dimension."""
+
+    def border(rotations: float) -> float:
+        return head_dim * math.log(rope.original_positions / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    low, high = border(rope.beta_fast), border(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    width = high - low if high != low else 0.001
+    ramp = ((torch.arange(head_dim // 2, dtype=torch.float32) - low) / width).clamp(0, 1)
+    wavelengths = rope.theta ** (torch.arange(0, head_dim, 2).float() / head_dim)
+    return (1.0 / (rope.factor * wavelengths)) * ramp + (1.0 / wavelengths) * (1 - ramp)
+
+
+def interleave(rows: torch.Tensor, heads: int) -> torch.Tensor:
+    """Bring the halves of every pair together: [heads * d, ...] in Hugging Face order -> pair order."""
+    half = rows.shape[0] // (2 * heads)
+    return rows.reshape(heads, 2, half, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
+
+
+class RopeTable:
+    """exp(i p f) for every position asked for so far; grows on demand."""
+
+    def __init__(self, rope: RopeConfig, head_dim: int, device: torch.device) -> None:
+        self._rope = rope
+        self._head_dim = head_dim
+        self._frequencies = inverse_frequencies(rope, head_dim)
+        self._table = torch.empty(0, 1, head_dim // 2, dtype=torch.complex64, device=device)
+
+    def rows(self, positions: torch.Tensor, end: int) -> torch.Tensor:
+        """complex64 [count, 1, head_dim / 2] for int64 positions, all below `end`."""
+        if end > self._table.shape[0]:
+            self._grow(end)
+        return self._table.index_select(0, positions)
+
+    def _grow(self, end: int) -> None:
+        old = self._table.shape[0]
+        new = max(end, old + max(_TABLE_STEP, old // 2))
+        positions = torch.arange(old, new, dtype=torch.int64)
+        angles = positions.float()[:, None] * self._frequencies_at(positions)  # [count, head_dim / 2]
+        scale = self._rope.attention_factor
+        fresh = torch.complex(angles.cos() * scale, angles.sin() * scale).unsqueeze(1)
+        self._table = torch.cat((self._table, fresh.to(self._table.device)))
+
+    def _frequencies_at(self, positions: torch.Tensor) -> torch.Tensor:
+        """The same for all positions, except for dynamic scaling beyond the pretrained context.
+
+        There transformers derives the base from the length of the sequence at hand, so that one key has several
+        rotations depending on chunking. We take, for every position, the rotation it gets when tokens come one by
+        one: equal to transformers' decoding, and a function of the position alone.
+        """
+        rope = self._rope
+        if rope.kind != "dynamic" or int(positions[-1]) < rope.original_positions:
+            return self._frequencies
+        lengths = (positions + 1).clamp(min=rope.original_positions).double()
+        growth = rope.factor * lengths / rope.original_positions - (rope.factor - 1)
+        bases = rope.theta * growth ** (self._head_dim / (self._head_dim - 2))  # [count]
+        exponents = torch.arange(0, self._head_dim, 2, dtype=torch.int64).float() / self._head_dim
+        return torch.reciprocal(bases[:, None].float() ** exponents)
+
+
+def rotate(heads: torch.Tensor, rotations: torch.Tensor) -> torch.Tensor:
+    """Rotate fp32 heads [rows, n, d] in pair order by complex64 [rows, 1, d / 2]; returns [rows, n, d]."""
+    rows, count, width = heads.shape
+    pairs = torch.view_as_complex(heads.view(rows, count, width // 2, 2))
+    step = SERIAL_ELEMENTS // (count * width // 2)
+    if rows <= step or torch.get_num_threads() == 1:
+        return torch.view_as_real(pairs * rotations).view(rows, count, width)
+    out = torch.empty(pairs.shape, dtype=pairs.dtype, device=pairs.device)
+    for first in range(0, rows, max(step, 1)):
+        part = slice(first, first + max(step, 1))
+        torch.mul(pairs[part], rotations[part], out=out[part])
+    return torch.view_as_real(out).view(rows, count, width)

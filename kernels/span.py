@@ -1,0 +1,180 @@
+"""A span: consecutive blocks of a model, run over ragged batches.
+
+One pass carries rows of many sessions at once. Matrices see all rows together; attention goes session by session. By
+the recipe of linear.py, attention.py and activation.py no row's bits depend on what else is in the pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+import torch
+
+from ..protocol.errors import LocalProtocolError
+from ..protocol.tensors import Codec
+from . import codecs
+from .attention import QueryBlock, plan_queries
+from .blocks import Block, Scratch
+from .kvcache import LaneCache
+from .linear import pad_rows
+from .models.config import ModelConfig, RopeConfig
+from .rope import RopeTable
+
+MAX_ROWS: Final = 65_536
+"""Rows of one pass. Schedulers stay far below; a bug above this must not eat the memory of the host."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One session's share of a pass: `count` rows that follow the first `position` cached ones."""
+
+    cache: LaneCache
+    """Where its keys and values live; cut back to `position` if it is longer."""
+    position: int
+    """Absolute position of its first row."""
+    count: int
+    """Rows."""
+    cuts: frozenset[int] = frozenset()
+    """Block borders where this session's activations are encoded and decoded, whoever computes both sides."""
+    codec: Codec = Codec.BF16
+    """The session's wire codec."""
+
+
+@dataclass(slots=True)
+class _View:
+    """A piece within a pass, for blocks of one window."""
+
+    first: int
+    last: int
+    position: int
+    queries: list[QueryBlock] = field(default_factory=list)
+
+
+class Span:
+    """Blocks [start, end) of a model, ready to compute. Not safe for concurrent runs: one thread owns it."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        start: int,
+        blocks: Sequence[Block],
+        *,
+        dtype: torch.dtype,
+        quant: str,
+        device: torch.device,
+    ) -> None:
+        self.config = config
+        self.start = start
+        self.end = start + len(blocks)
+        self.dtype = dtype
+        """Dtype of hidden states at block borders, and of the cache."""
+        self.quant = quant
+        """How the weights are held: none, int8 or nf4."""
+        self.device = device
+        self._blocks = list(blocks)
+        self._tables = {rope: RopeTable(rope, config.head_dim, device) for rope in {block.rope for block in blocks}}
+
+    @property
+    def size_bytes(self) -> int:
+        """Memory of the weight matrices."""
+        return sum(block.size_bytes for block in self._blocks)
+
+    def run(
+        self, hidden: torch.Tensor, pieces: Sequence[Piece], start: int | None = None, end: int | None = None
+    ) -> torch.Tensor:
+        """Run rows [sum of counts, hidden] of several pieces through blocks [start, end).
+
+        Returns [rows, hidden] in the span's dtype and leaves every cache `count` positions longer. Raises ServerBusy
+        when a cache cannot grow and NeedReplay when one cannot be cut back; then no cache was extended.
+        """
+        start, end = self.start if start is None else start, self.end if end is None else end
+        self._check(hidden, pieces, start, end)
+        for piece in pieces:
+            piece.cache.truncate(piece.position)
+            piece.cache.reserve(piece.position + piece.count)
+        with torch.inference_mode():
+            return self._run(hidden, pieces, start, end)
+
+    def _check(self, hidden: torch.Tensor, pieces: Sequence[Piece], start: int, end: int) -> None:
+        rows = sum(piece.count for piece in pieces)
+        if not self.start <= start < end <= self.end:
+            raise LocalProtocolError(f"blocks {start}:{end} are not in this span {self.start}:{self.end}")
+        if hidden.shape != (rows, self.config.hidden_size) or not 0 < rows <= MAX_ROWS:
+            raise LocalProtocolError(
+                f"hidden states {tuple(hidden.shape)} do not match {rows} rows of {len(pieces)} pieces"
+            )
+        if len({id(piece.cache) for piece in pieces}) != len(pieces):
+            raise LocalProtocolError("two pieces of one pass share a lane")
+        for piece in pieces:
+            if piece.count < 1 or not piece.cache.start <= start < end <= piece.cache.end:
+                raise LocalProtocolError(f"a piece of {piece.count} rows does not fit blocks {start}:{end} of its lane")
+
+    def _run(self, hidden: torch.Tensor, pieces: Sequence[Piece], start: int, end: int) -> torch.Tensor:
+        count = hidden.shape[0]
+        rows = pad_rows(hidden.to(device=self.device, dtype=self.dtype))
+        blocks = self._blocks[start - self.start : end - self.start]
+        views = self._views(pieces, {block.window for block in blocks})
+        rotations = self._rotations(pieces, rows.shape[0], {block.rope for block in blocks})
+        scratch = self._scratch(rows.shape[0], views)
+        for border, block in enumerate(blocks, start):
+            if border > start:
+                rows = _cut(rows, pieces, border)
+            caches = [
+                (view, piece.cache.blocks[border - piece.cache.start])
+                for view, piece in zip(views[block.window], pieces, strict=True)
+            ]
+            rows = block.forward(rows, rotations[block.rope], caches, scratch)
+        for piece in pieces:
+            piece.cache.length = piece.position + piece.count
+        return rows[:count]
+
+    def _views(self, pieces: Sequence[Piece], windows: set[int | None]) -> dict[int | None, list[_View]]:
+        group = self.config.num_heads // self.config.num_kv_heads
+        views: dict[int | None, list[_View]] = {window: [] for window in windows}
+        for window, found in views.items():
+            first = 0
+            for piece in pieces:
+                queries = plan_queries(piece.position, piece.count, group=group, window=window, device=self.device)
+                found.append(_View(first, first + piece.count, piece.position, queries))
+                first += piece.count
+        return views
+
+    def _rotations(self, pieces: Sequence[Piece], rows: int, ropes: set[RopeConfig]) -> dict[RopeConfig, torch.Tensor]:
+        positions = torch.zeros(rows, dtype=torch.int64)
+        first = 0
+        for piece in pieces:
+            torch.arange(piece.position, piece.position + piece.count, out=positions[first : first + piece.count])
+            first += piece.count
+        end = max(piece.position + piece.count for piece in pieces)
+        positions = positions.to(self.device)
+        return {rope: self._tables[rope].rows(positions, end) for rope in ropes}
+
+    def _scratch(self, rows: int, views: dict[int | None, list[_View]]) -> Scratch:
+        config = self.config
+        keys = max(
+            block.key_end - block.key_start for found in views.values() for view in found for block in view.queries
+        )
+        return Scratch(
+            rows,
+            config.num_heads * config.head_dim,
+            keys * config.num_kv_heads * config.head_dim,
+            self.dtype,
+            self.device,
+        )
+
+
+def _cut(rows: torch.Tensor, pieces: Sequence[Piece], border: int) -> torch.Tensor:
+    """Replace the rows of sessions that have a cut here by what the next server would have received."""
+    first = 0
+    for piece in pieces:
+        last = first + piece.count
+        if border in piece.cuts and not _lossless(piece.codec, rows.dtype):
+            rows[first:last] = codecs.round_trip(rows[first:last], piece.codec)
+        first = last
+    return rows
+
+
+def _lossless(codec: Codec, dtype: torch.dtype) -> bool:
+    return codec is Codec.FP32 or (codec is Codec.BF16 and dtype is torch.bfloat16)
