@@ -64,7 +64,7 @@ def moved(own: Coordinate, other: Coordinate, rtt_s: float, rng: random.Random) 
         return own
     weight = own.error / max(own.error + other.error, MIN_ERROR)
     predicted = own.rtt_s(other)
-    sample_error = abs(predicted - rtt_s) / rtt_s
+    sample_error = min(abs(predicted - rtt_s), rtt_s) / rtt_s  # at most 1: one odd sample must not blind us
     gain = _ERROR_GAIN * weight
     error = min(max(sample_error * gain + own.error * (1 - gain), MIN_ERROR), MAX_ERROR)
     force = _MOVE_GAIN * weight * (rtt_s - predicted)

@@ -31,7 +31,9 @@ from .bounds import Bound
 from .cost import Candidate, Links, floor_s
 
 MAX_BRANCHES: Final = 128
-"""Splits before the search stops proving and follows the cheaper half only."""
+"""Splits before the search gives up the proof and pins every repeated server to one entry."""
+MAX_WORK: Final = 250_000
+"""The same in (server, border) nodes looked at after the first search: about a quarter of a second."""
 
 _Record = tuple[int, int, "_Record | None"]
 """(candidate, border entered, the record before): a chain as a linked list, shared between its extensions."""
@@ -89,6 +91,7 @@ class Search:
         odd = zip((start + 1, end - 1), metric_ends, strict=True)
         self._odd_borders = [border for border, metric in odd if not metric]
         self._cover: list[list[int]] = [[] for _ in range(end - start)]
+        self._size = sum(c.end - c.start for c in candidates)
         self._starting: list[list[int]] = [[] for _ in range(end - start)]
         for index, candidate in enumerate(candidates):
             self._starting[candidate.start - start].append(index)
@@ -104,30 +107,49 @@ class Search:
         branches = 0
         while heap:
             _, _, found, windows = heapq.heappop(heap)
-            repeat = self._repeat(found)
-            if repeat is None:
+            repeats = self._repeats(found)
+            if not repeats:
                 return found
-            for half in self._split(repeat, windows):
+            if branches > MAX_BRANCHES or branches * self._size > MAX_WORK:
+                heap.clear()
+                pinned = self._pinned(found, windows)
+                if pinned is not None:
+                    return pinned
+            for half in self._split(repeats, windows):
                 smaller = self._cheapest(half)
                 branches += 1
                 if smaller is not None:
                     heapq.heappush(heap, (smaller.cost, branches, smaller, half))
-            if branches > MAX_BRANCHES:
-                heap = heap[:1]
         return None
 
-    def _repeat(self, found: Found) -> tuple[int, int, int] | None:
-        """(owner, border of its first entry, border of its second) of a server named twice."""
+    def _pinned(self, found: Found, windows: _Windows) -> Found | None:
+        """Give up the proof: each repeated server keeps the entry of its longest run, until none is repeated."""
+        chain: Found | None = found
+        while chain is not None:
+            repeated = self._repeats(chain)
+            if not repeated:
+                return chain
+            windows = windows | {owner: self._longest(chain, owner) for owner, _, _ in repeated}
+            chain = self._cheapest(windows)
+        return None
+
+    def _longest(self, found: Found, owner: int) -> tuple[int, int]:
+        _, start = max((stop - start, -start) for index, start, stop in found.runs if self._owner[index] == owner)
+        return -start, -start
+
+    def _repeats(self, found: Found) -> list[tuple[int, int, int]]:
+        """(owner, border of its first entry, border of its second) of every server named twice."""
         entered: dict[int, int] = {}
+        repeats = []
         for index, start, _ in found.runs:
             owner = self._owner[index]
             if owner in entered:
-                return owner, entered[owner], start
-            entered[owner] = start
-        return None
+                repeats.append((owner, entered[owner], start))
+            entered.setdefault(owner, start)
+        return repeats
 
-    def _split(self, repeat: tuple[int, int, int], windows: _Windows) -> list[_Windows]:
-        owner, early, late = repeat
+    def _split(self, repeats: list[tuple[int, int, int]], windows: _Windows) -> list[_Windows]:
+        owner, early, late = repeats[0]
         low, high = windows.get(owner, (self._start, self._end))
         return [windows | {owner: (low, late - 1)}, windows | {owner: (early + 1, high)}]
 
