@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Final, Protocol, runtime_checkable
+from typing import Final, Protocol
 
 import torch
 
@@ -21,7 +21,6 @@ from .store import Tensors
 _REPOSITORY: Final = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 
 
-@runtime_checkable
 class Checkpoint(Protocol):
     """A whole model on this machine. Reading raises CorruptCheckpoint, UnsupportedModel naming file and cause."""
 

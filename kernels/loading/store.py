@@ -73,13 +73,14 @@ class Store:
         chunks: Callable[[Item], Iterable[bytes | memoryview]],
     ) -> Item:
         path = self.folder / name
-        item = _read_if_whole(path, read)
+        item = _read_if_whole(path, read, logging.DEBUG)
         if item is not None:
             return item
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with self._locked(name):
-                item = _read_if_whole(path, read)  # another process may have made it while we waited
+                # another process may have made it while we waited
+                item = _read_if_whole(path, read, logging.WARNING)
                 if item is not None:
                     return item
                 item = make()
@@ -102,13 +103,13 @@ class Store:
             yield
 
 
-def _read_if_whole(path: Path, read: Callable[[Path], Item]) -> Item | None:
+def _read_if_whole(path: Path, read: Callable[[Path], Item], level: int) -> Item | None:
     if not path.exists():
         return None
     try:
         return read(path)
     except CorruptCheckpoint as exc:
-        logger.warning("making a damaged cache item again: %s", exc)
+        logger.log(level, "making a damaged cache item again: %s", exc)
         return None
 
 
