@@ -119,7 +119,8 @@ def spm_vocabulary(words=("hello", "world", "the"), *, gemma=False):
 def byte_level_vocabulary(pre):
     """A GPT-2-like vocabulary: 256 byte letters and a few merges."""
     letters = byte_letters()
-    merges = ["h e", "l l", "he ll", "hell o", "Ġ t", "Ġt h", "Ġth e", "1 2", "12 3", "' s", "Ã ©", "Ġ Ġ"]
+    # every token can be reached by merging, so that skipping merges (Llama 3) changes nothing here
+    merges = ["Ġ t", "Ġt h", "Ġth e", "h e", "l l", "he ll", "hell o", "1 2", "12 3", "' s", "Ã ©", "Ġ Ġ"]
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     tokens = [*letters, *(merge.replace(" ", "") for merge in merges), *specials]
     return [
