@@ -79,7 +79,7 @@ class MuxStream:
         self.discarding = False
         """Nobody will read any more: arriving bytes are dropped and their credit is not given back."""
         self._consumed = 0
-        self._epoch = 0.0
+        self._epoch = session.now
         # sending
         self._outgoing: deque[memoryview] = deque()
         self.queued = 0

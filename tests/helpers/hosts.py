@@ -2,6 +2,7 @@
 
 import contextlib
 import random
+from functools import partial
 
 from helpers.virtual import LoopClock
 from swarmnode.node.host import Host
@@ -37,13 +38,11 @@ def tcp_host(number: int, **options) -> Host:
 async def hosts(kind: str, count: int, *, network: MemoryNetwork | None = None, **options):
     """`count` running hosts that know each other's addresses: kind is "tcp" or "memory"."""
     network = network or MemoryNetwork(random.Random(0))
+    new = partial(memory_host, network) if kind == "memory" else tcp_host
     async with contextlib.AsyncExitStack() as stack:
         made = []
         for number in range(1, count + 1):
-            if kind == "memory":
-                host = memory_host(network, number, **options)
-            else:
-                host = tcp_host(number, **options)
+            host = new(number, **options)
             made.append(await stack.enter_async_context(host))
         for host in made:
             for other in made:
