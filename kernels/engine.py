@@ -103,7 +103,7 @@ def load_head(checkpoint: Source, *, dtype: torch.dtype, device: torch.device | 
     """Final norm and LM head; 8 bits where the checkpoint stores 8 and compute is not fp32."""
     config, device = checkpoint.config, torch.device(device)
     with torch.inference_mode():
-        norm_weight = checkpoint.final_norm(torch.float32)["weight"]
+        norm_weight = checkpoint.final_norm(torch.float32)["norm.weight"]
         norm = RMSNorm(norm_weight.float() + config.norm_offset, config.norm_eps, device)
         return Head(norm, _head_linear(checkpoint, dtype, device), config.hidden_size, config.final_softcap)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from swarmnode.kernels.models.config import ModelConfig
+from swarmnode.kernels.models.config import ModelConfig, RopeConfig
 
 BASE = {
     "vocab_size": 160,
@@ -128,9 +128,9 @@ class TinyCheckpoint:
     def config(self) -> ModelConfig:
         return ModelConfig.from_hf(json.loads((self.folder / "config.json").read_text()))
 
-    def _read(self, prefix: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    def _read(self, prefix: str, dtype: torch.dtype, only: str = "") -> dict[str, torch.Tensor]:
         with safe_open(self.folder / "model.safetensors", "pt") as file:
-            names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
+            names = [name for name in file.keys() if name.startswith(prefix + only)]  # noqa: SIM118
             return {name.removeprefix(prefix): file.get_tensor(name).to(dtype) for name in names}
 
     def block(self, index: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -140,28 +140,106 @@ class TinyCheckpoint:
         return self._read("model.embed_tokens.", dtype)["weight"]
 
     def final_norm(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        return self._read("model.norm.", dtype)
+        return self._read("model.", dtype, only="norm.weight")
 
     def head(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         untied = self._read("lm_head.", dtype).get("weight")
         weight = self.embedding(dtype) if untied is None else untied
-        return {"norm.weight": self.final_norm(dtype)["weight"], "lm_head.weight": weight}
+        return {**self.final_norm(dtype), "lm_head.weight": weight}
 
 
-@dataclass
-class Q8Checkpoint(TinyCheckpoint):
-    """The same with its head stored in blocks of 32 int8 values, as GGUF's Q8_0."""
+def make_config(**changes) -> ModelConfig:
+    """A small Llama config by our own fields, for tests that need no transformers."""
+    values = {
+        "family": "llama",
+        "num_blocks": 2,
+        "hidden_size": 128,
+        "intermediate_size": 192,
+        "vocab_size": 64,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 32,
+        "norm_eps": 1e-6,
+        "max_positions": 1024,
+        "rope": RopeConfig(theta=10_000.0),
+        "query_scale": 0.2,
+    }
+    return ModelConfig(**{**values, **changes})
 
-    head_kind: str = "q8_0"
+
+class RandomCheckpoint:
+    """Random weights for a config, made on demand from its own generator."""
+
+    head_kind = "float"
+
+    def __init__(self, config: ModelConfig, seed: int = 0) -> None:
+        self.config = config
+        self._seed = seed
+
+    def _random(self, salt: int, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        rng = torch.Generator().manual_seed(self._seed * 1000 + salt)
+        return {
+            name: (torch.randn(shape, generator=rng) * (1.2 / shape[-1] ** 0.5 if len(shape) == 2 else 0.5)).to(dtype)
+            for name, shape in shapes.items()
+        }
+
+    def block(self, index: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        config = self.config
+        hidden, inner, width = config.hidden_size, config.intermediate_size, config.head_dim
+        shapes = {
+            "self_attn.q_proj.weight": (config.num_heads * width, hidden),
+            "self_attn.k_proj.weight": (config.num_kv_heads * width, hidden),
+            "self_attn.v_proj.weight": (config.num_kv_heads * width, hidden),
+            "self_attn.o_proj.weight": (hidden, config.num_heads * width),
+            "mlp.gate_proj.weight": (inner, hidden),
+            "mlp.up_proj.weight": (inner, hidden),
+            "mlp.down_proj.weight": (hidden, inner),
+            "input_layernorm.weight": (hidden,),
+            "post_attention_layernorm.weight": (hidden,),
+        }
+        if config.post_norms:
+            shapes |= {"pre_feedforward_layernorm.weight": (hidden,), "post_feedforward_layernorm.weight": (hidden,)}
+        if config.qk_norm:
+            shapes |= {"self_attn.q_norm.weight": (width,), "self_attn.k_norm.weight": (width,)}
+        biased = (
+            ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"] * config.qkv_bias
+            + ["self_attn.o_proj"] * config.output_bias
+            + ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"] * config.mlp_bias
+        )
+        shapes |= {f"{name}.bias": (shapes[f"{name}.weight"][0],) for name in biased}
+        return self._random(index + 1, shapes, dtype)
+
+    def embedding(self, dtype: torch.dtype) -> torch.Tensor:
+        shape = (self.config.vocab_size, self.config.hidden_size)
+        return self._random(500, {"weight": shape}, dtype)["weight"]
+
+    def final_norm(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        return self._random(501, {"norm.weight": (self.config.hidden_size,)}, dtype)
+
+    def head(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        return {**self.final_norm(dtype), "lm_head.weight": self.embedding(dtype)}
 
     def head_q8(self) -> tuple[torch.Tensor, torch.Tensor]:
-        weight = super().head(torch.float32)["lm_head.weight"]
-        blocks = weight.view(weight.shape[0], -1, 32)
-        scales = (blocks.abs().amax(-1) / 127).half()
-        values = (blocks / scales.float().unsqueeze(-1)).round().clamp(-127, 127).to(torch.int8)
-        return values.view(weight.shape), scales
+        return quantize_q8(self.embedding(torch.float32))
+
+
+def quantize_q8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """int8 values and fp16 scales per 32 of them, as GGUF's Q8_0."""
+    blocks = weight.view(weight.shape[0], -1, 32)
+    scales = (blocks.abs().amax(-1) / 127).half()
+    values = (blocks / scales.float().unsqueeze(-1)).round().clamp(-127, 127).to(torch.int8)
+    return values.view(weight.shape), scales
+
+
+class Q8Checkpoint(RandomCheckpoint):
+    """The same with embedding and head stored in Q8_0."""
+
+    head_kind = "q8_0"
 
     def embedding(self, dtype: torch.dtype) -> torch.Tensor:
         values, scales = self.head_q8()
         floats = values.view(*scales.shape, 32).float() * scales.float().unsqueeze(-1)
         return floats.view(values.shape).to(dtype)
+
+    def head_q8(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return quantize_q8(super().embedding(torch.float32))

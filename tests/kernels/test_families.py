@@ -1,0 +1,79 @@
+"""Every family and variation against transformers: logits within 1e-4 in fp32 and the same greedy tokens."""
+
+import pytest
+import torch
+from helpers.tiny_models import VARIATIONS, TinyCheckpoint, load_oracle, make_variation
+from swarmnode.kernels.engine import load_embedding, load_head, load_span
+from swarmnode.kernels.kvcache import KVPool
+from swarmnode.kernels.span import Piece
+
+TOKENS = 90
+GREEDY = 8
+TOLERANCE = 1e-4
+
+
+class Ours:
+    """A whole tiny model in one process."""
+
+    def __init__(self, folder):
+        checkpoint = TinyCheckpoint(folder)
+        blocks = checkpoint.config.num_blocks
+        self.span = load_span(checkpoint, 0, blocks, dtype=torch.float32)
+        self.embedding = load_embedding(checkpoint, dtype=torch.float32)
+        self.head = load_head(checkpoint, dtype=torch.float32)
+        self.pool = KVPool(1 << 26, checkpoint.config, 0, blocks, torch.float32)
+
+    def feed(self, *parts):
+        """Logits of one pass over (lane, ids) parts."""
+        hidden = torch.cat([self.embedding(ids) for _, ids in parts])
+        return self.head.logits(self.span.run(hidden, [Piece(lane, lane.length, len(ids)) for lane, ids in parts]))
+
+
+@pytest.fixture(scope="module", params=list(VARIATIONS))
+def pair(request, tmp_path_factory):
+    torch.set_num_threads(1)
+    folder = make_variation(tmp_path_factory.mktemp("model"), request.param)
+    ids = torch.randint(3, 160, (TOKENS,), generator=torch.Generator().manual_seed(1))
+    oracle = load_oracle(folder)
+    with torch.no_grad():
+        expected = oracle(ids[None]).logits[0]
+    return Ours(folder), oracle, ids, expected
+
+
+def assert_close(actual, expected):
+    assert (actual - expected).abs().max() < TOLERANCE
+    assert expected.std() > 0.1  # or the comparison would say nothing
+
+
+def test_prefill(pair):
+    ours, _, ids, expected = pair
+    assert_close(ours.feed((ours.pool.open_lane(), ids)), expected)
+
+
+def test_token_by_token(pair):
+    ours, _, ids, expected = pair
+    lane = ours.pool.open_lane()
+    assert_close(torch.cat([ours.feed((lane, ids[i : i + 1])) for i in range(TOKENS)]), expected)
+
+
+def test_chunks_beside_another_session(pair):
+    ours, _, ids, expected = pair
+    lane, other = ours.pool.open_lane(), ours.pool.open_lane()
+    found, first = [], 0
+    for count in (5, 1, 40, 3, 41):
+        logits = ours.feed((other, ids[:2]), (lane, ids[first : first + count]))
+        found.append(logits[2:])
+        first += count
+    assert_close(torch.cat(found), expected)
+
+
+def test_greedy_tokens(pair):
+    ours, oracle, ids, _ = pair
+    lane, text = ours.pool.open_lane(), ids[:30].tolist()
+    logits = ours.feed((lane, ids[:30]))[-1]
+    for _ in range(GREEDY):
+        with torch.no_grad():
+            expected = int(oracle(torch.tensor([text])).logits[0, -1].argmax())
+        assert int(logits.argmax()) == expected
+        text.append(expected)
+        logits = ours.feed((lane, torch.tensor([expected])))[-1]
