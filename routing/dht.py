@@ -169,9 +169,9 @@ class Dht:
 
     def recent(self, key: bytes, now: float) -> list[SignedEntry] | None:
         """The entries under a key as of the last seconds, without asking anybody; None: read() it."""
-        cached = self._cache.use(key, now)
-        if now - cached.read_at > FRESH_S:
+        if now - self._cache.entry(key, now).read_at > FRESH_S:
             return None
+        cached = self._cache.use(key, now)
         return self._visible(key, cached.held.values(), now)
 
     def publish(self, key: bytes, payload: bytes, ttl_s: int, now: float, wall: float) -> int:

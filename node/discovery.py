@@ -1,0 +1,386 @@
+"""Finding peers and what they say: carries out the DHT machine's actions over a host's streams.
+
+All decisions are in routing/dht.py; this file opens streams, moves messages, sets the alarm and wakes who waits. A
+request is a length-prefixed message on a `/swarmnode/kad/1.0.0` stream; the stream is kept a few seconds for the next
+one, because a lookup comes back to the same peers. Everything works before run() and without any peer, at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass
+from math import ceil
+from random import Random
+from typing import Any, Final
+
+from ..protocol import protobuf
+from ..protocol.errors import PeerUnreachable, RemoteProtocolError, SessionClosed, SwarmError
+from ..protocol.ids import PeerId
+from ..protocol.kad import MAX_MESSAGE_BYTES, PROTOCOL, Message
+from ..protocol.multiaddr import Multiaddr
+from ..protocol.records import SignedEntry
+from ..routing.dht import Ask, Dht, DhtConfig, Finished
+from ..routing.keys import blocks_key, models_key
+from ..routing.table import Contact
+from .clock import Clock
+from .host import Host
+from .tasks import Supervisor
+from .transport.base import Priority, Stream
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_TTL_S: Final = 100.0
+"""Two republications and a half: one may be lost."""
+MAX_IDLE_STREAMS: Final = 64
+IDLE_STREAM_S: Final = 15.0
+"""Our own unused streams are closed after this."""
+SERVE_IDLE_S: Final = 60.0
+"""A peer's silent stream is closed after this."""
+MAX_SERVED_STREAMS: Final = 1024
+MAX_SERVED_PER_PEER: Final = 32
+REJOIN_FIRST_S: Final = 5.0
+REJOIN_CAP_S: Final = 60.0
+LEAVE_S: Final = 1.0
+"""Longest wait for tombstones to be taken when leaving."""
+_CHUNK: Final = 64 * 1024
+
+
+@dataclass(slots=True)
+class _Line:
+    """A stream to a peer's DHT and what was read from it."""
+
+    stream: Stream
+    split: protobuf.Delimited
+    idle_since: float = 0.0
+
+    async def receive(self) -> Message | None:
+        """The next message, None at EOF. Raises RemoteProtocolError, OSError or SwarmError."""
+        while True:
+            for raw in self.split.feed(b""):
+                return Message.decode(raw)
+            chunk = await self.stream.read(_CHUNK)
+            if not chunk:
+                return None
+            for raw in self.split.feed(chunk):
+                return Message.decode(raw)
+
+    async def send(self, message: Message) -> None:
+        """Write one message."""
+        await self.stream.write(protobuf.delimited(message.encode()))
+
+
+class Discovery:
+    """A node's view of the swarm. In client mode it asks but is never asked: for nodes others cannot dial."""
+
+    def __init__(
+        self,
+        host: Host,
+        *,
+        clock: Clock,
+        rng: Random,
+        swarm_name: str = "main",
+        server_mode: bool = True,
+        config: DhtConfig | None = None,
+    ) -> None:
+        self._host = host
+        self._clock = clock
+        self._swarm_name = swarm_name
+        self.dht = Dht(host.key, rng=rng, now=clock.now(), config=config, server_mode=server_mode)
+        """The machine; for tests and status pages."""
+        self._tasks: Supervisor | None = None
+        self._unsent: list[Ask] = []
+        self._waiting: dict[int, list[asyncio.Future[Finished]]] = {}
+        self._idle: dict[PeerId, _Line] = {}
+        self._serving = 0
+        self._alarm = asyncio.Event()
+        self._closed = False
+        self._entrances: tuple[Multiaddr, ...] = ()
+        self._rejoin_wait_s = REJOIN_FIRST_S
+        self._rejoin_at = float("inf")
+        if server_mode:
+            host.handle(PROTOCOL, self._serve, max_streams_per_peer=MAX_SERVED_PER_PEER)
+
+    # What the node calls
+
+    async def run(self) -> None:
+        """Keep the table, our announcements and hot keys fresh, until cancelled. Run once, in a supervisor."""
+        unsubscribe = self._host.on_disconnect(self._disconnected)
+        try:
+            async with Supervisor("discovery") as tasks:
+                self._tasks = tasks
+                while True:
+                    self._tick()
+                    await self._until(min(self.dht.next_timer(), self._rejoin_at))
+        finally:
+            self._tasks = None
+            self._close()
+            unsubscribe()
+
+    async def bootstrap(self, addrs: Sequence[Multiaddr]) -> int:
+        """Join the swarm through any of its live nodes; returns how many peers are known then.
+
+        The addresses are kept: a node that finds itself alone later tries them again. Raises PeerUnreachable, naming
+        each address and cause, when none of them answers.
+        """
+        self._entrances = tuple(dict.fromkeys((*self._entrances, *addrs)))
+        self._rejoin_at = self._clock.now() + self._rejoin_wait_s
+        if not addrs:
+            return len(self.dht.table)
+        try:
+            return await self._join(addrs)
+        finally:
+            self._alarm.set()
+
+    async def publish(self, key: bytes, payload: bytes, ttl_s: float = DEFAULT_TTL_S) -> int:
+        """Announce a payload under a key, now and every 40 s until withdraw(). Returns how many peers hold it.
+
+        It is held here too, so 0 is no error in a swarm of one. Raises LocalProtocolError for a payload over 1000
+        bytes or a ttl over 600 s. Cancelling only stops the waiting.
+        """
+        now, wall = self._times()
+        return (await self._result(self.dht.publish(key, payload, ceil(ttl_s), now, wall))).holders
+
+    async def withdraw(self, key: bytes) -> None:
+        """Take back what we announced under a key: put a tombstone there. Nothing happens if there is nothing."""
+        query = self.dht.withdraw(key, *self._times())
+        if query is not None:
+            await self._result(query)
+
+    async def leave(self) -> None:
+        """Withdraw everything, within a second at most. For a graceful end, before run() is cancelled."""
+        try:
+            async with asyncio.timeout(LEAVE_S), asyncio.TaskGroup() as group:
+                for key in self.dht.published:
+                    group.create_task(self.withdraw(key))
+        except TimeoutError:
+            logger.debug("left before every tombstone was taken")
+
+    async def lookup(self, key: bytes, *, fresh: bool = False) -> list[SignedEntry]:
+        """The verified, live, newest entry of each signer under a key, in order of signer.
+
+        A key used often is answered from memory, at most 20 s old; `fresh` always asks the holders. Lookups of one
+        key at the same time share one search.
+        """
+        now = self._clock.now()
+        if not fresh and (recent := self.dht.recent(key, now)) is not None:
+            return recent
+        return list((await self._result(self.dht.read(key, now))).entries)
+
+    async def find_peer(self, peer: PeerId) -> Contact | None:
+        """Where a server listens, asked from the peers near its id; None when nobody knows."""
+        known = self.dht.table.get(peer)
+        if known is not None:
+            return known
+        found = await self._result(self.dht.locate(peer.raw, self._clock.now()))
+        return next((contact for contact in found.contacts if contact.peer == peer), None)
+
+    def peers(self) -> tuple[Contact, ...]:
+        """The servers in the routing table."""
+        return tuple(self.dht.table)
+
+    def models_key(self) -> bytes:
+        """Key of this swarm's list of models."""
+        return models_key(self._swarm_name)
+
+    def blocks_key(self, digest: bytes, group: int) -> bytes:
+        """Key of a group of 16 blocks of a model in this swarm."""
+        return blocks_key(self._swarm_name, digest, group)
+
+    # The machine's actions
+
+    def _times(self) -> tuple[float, float]:
+        return self._clock.now(), self._clock.wall()
+
+    def _tick(self) -> None:
+        now, wall = self._times()
+        self.dht.addrs = self._host.listen_addrs
+        self.dht.tick(now, wall)
+        for peer, line in list(self._idle.items()):
+            if now - line.idle_since > IDLE_STREAM_S:
+                del self._idle[peer]
+                self._start(line.stream.close(), "close an idle stream")
+        if now >= self._rejoin_at:
+            self._rejoin(now)
+        self._pump()
+
+    def _pump(self) -> None:
+        """Carry out what the machine wants. Without run() questions wait; results never do."""
+        for action in self.dht.actions():
+            if isinstance(action, Finished):
+                for future in self._waiting.pop(action.query, ()):
+                    if not future.done():
+                        future.set_result(action)
+            else:
+                self._unsent.append(action)
+        if self._tasks is not None:
+            asks, self._unsent = self._unsent, []
+            for ask in asks:
+                self._start(self._ask(ask), f"ask {ask.contact.peer.short}")
+        self._alarm.set()
+
+    def _start(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        if self._tasks is None:
+            work.close()
+        else:
+            self._tasks.start(work, name)
+
+    async def _until(self, when: float) -> None:
+        """Sleep until a time just computed, or until the machine may have an earlier timer."""
+        self._alarm.clear()
+        try:
+            async with asyncio.timeout(max(0.0, when - self._clock.now())):
+                await self._alarm.wait()
+        except TimeoutError:
+            pass
+
+    async def _result(self, query: int) -> Finished:
+        """What a query just started comes to; nothing may be awaited in between, or the result would be missed."""
+        return (await self._results([query]))[0]
+
+    async def _results(self, queries: Sequence[int]) -> list[Finished]:
+        if self._closed:
+            raise SessionClosed("the node has left the swarm; start a new one to look things up")
+        loop = asyncio.get_running_loop()
+        futures: list[asyncio.Future[Finished]] = [loop.create_future() for _ in queries]
+        for query, future in zip(queries, futures, strict=True):
+            self._waiting.setdefault(query, []).append(future)
+        self._pump()
+        return await asyncio.gather(*futures)
+
+    def _close(self) -> None:
+        self._closed = True
+        for futures in self._waiting.values():
+            for future in futures:
+                if not future.done():
+                    future.set_exception(SessionClosed("the node is leaving the swarm"))
+        self._waiting.clear()
+        for line in self._idle.values():
+            line.stream.reset()
+        self._idle.clear()
+
+    # Asking
+
+    async def _ask(self, ask: Ask) -> None:
+        peer = ask.contact.peer
+        try:
+            async with asyncio.timeout(ask.limit_s):
+                reply, seen = await self._exchange(ask.contact, ask.request)
+        except (OSError, SwarmError) as exc:  # TimeoutError is an OSError
+            now = self._clock.now()
+            if isinstance(exc, RemoteProtocolError):
+                self.dht.misbehaved(peer, now)
+            logger.debug("no DHT answer from %s: %s", peer.short, exc or type(exc).__name__)
+            self.dht.on_failure(ask.id, now)
+        else:
+            self.dht.on_reply(ask.id, seen, reply, *self._times())
+        self._pump()
+
+    async def _exchange(self, contact: Contact, request: Message) -> tuple[Message, Multiaddr | None]:
+        """One request, its reply and where it came from; a kept stream that proves dead is replaced once."""
+        kept = self._idle.pop(contact.peer, None)
+        if kept is not None:
+            try:
+                return await self._ask_on(kept, request)
+            except OSError as exc:
+                logger.debug("kept DHT stream to %s was dead: %s", contact.peer.short, exc)
+        stream = await self._host.open_stream(contact.peer, PROTOCOL, addrs=contact.addrs)
+        stream.set_priority(Priority.CONTROL)
+        return await self._ask_on(_Line(stream, protobuf.Delimited(MAX_MESSAGE_BYTES)), request)
+
+    async def _ask_on(self, line: _Line, request: Message) -> tuple[Message, Multiaddr | None]:
+        answered = False
+        try:
+            await line.send(request)
+            reply = await line.receive()
+            if reply is None:
+                raise ConnectionResetError("stream ended instead of an answer")
+            if reply.type is not request.type:
+                raise RemoteProtocolError(f"{reply.type.name} answered to {request.type.name}")
+            answered = True
+        finally:
+            if not answered:
+                line.stream.reset()
+        seen = self._host.address_of(line.stream)
+        await self._keep(line)
+        return reply, seen
+
+    async def _keep(self, line: _Line) -> None:
+        peer = line.stream.remote
+        if self._closed or peer in self._idle or len(self._idle) >= MAX_IDLE_STREAMS:
+            await line.stream.close()
+            return
+        line.idle_since = self._clock.now()
+        self._idle[peer] = line
+
+    def _disconnected(self, peer: PeerId) -> None:
+        self._idle.pop(peer, None)
+        self.dht.disconnected(peer)
+
+    # Answering
+
+    async def _serve(self, stream: Stream) -> None:
+        """Answer one peer's requests, one after another, until it ends the stream. The host handles what is raised."""
+        if self._serving >= MAX_SERVED_STREAMS:
+            raise RemoteProtocolError(f"over {MAX_SERVED_STREAMS} streams ask the DHT")
+        self._serving += 1
+        stream.set_priority(Priority.CONTROL)
+        try:
+            await self._answer_all(_Line(stream, protobuf.Delimited(MAX_MESSAGE_BYTES)), self._host.address_of(stream))
+        finally:
+            self._serving -= 1
+
+    async def _answer_all(self, line: _Line, seen: Multiaddr | None) -> None:
+        while True:
+            async with asyncio.timeout(SERVE_IDLE_S):
+                request = await line.receive()
+            if request is None:
+                return
+            reply = self.dht.handle(line.stream.remote, seen, request, *self._times())
+            async with asyncio.timeout(SERVE_IDLE_S):
+                await line.send(reply)
+            self._pump()
+
+    # Joining
+
+    async def _join(self, addrs: Sequence[Multiaddr]) -> int:
+        causes: list[str] = []
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(self._enter(addr, causes)) for addr in addrs]
+        seeds = [contact for task in tasks if (contact := task.result()) is not None]
+        if not seeds:
+            raise PeerUnreachable("; ".join(causes))
+        self.dht.addrs = self._host.listen_addrs
+        now = self._clock.now()
+        await self._result(self.dht.locate(self._host.peer_id.raw, now, seeds=seeds))
+        await self._results(self.dht.refresh(self._clock.now()))
+        return len(self.dht.table)
+
+    async def _enter(self, addr: Multiaddr, causes: list[str]) -> Contact | None:
+        try:
+            peer = await self._host.connect(addr.peer_id, [addr])
+        except (OSError, SwarmError) as exc:
+            causes.append(str(exc))
+            return None
+        if peer == self._host.peer_id:
+            causes.append(f"{addr} is this node itself")
+            return None
+        return Contact(peer, (addr.without_peer(),))
+
+    def _rejoin(self, now: float) -> None:
+        """Alone although we know ways in: try them again, less and less often."""
+        if len(self.dht.table):
+            self._rejoin_wait_s = REJOIN_FIRST_S
+        else:
+            self._rejoin_wait_s = min(REJOIN_CAP_S, 2 * self._rejoin_wait_s)
+            self._start(self._rejoin_quietly(), "rejoin")
+        self._rejoin_at = now + self._rejoin_wait_s
+
+    async def _rejoin_quietly(self) -> None:
+        try:
+            count = await self._join(self._entrances)
+        except PeerUnreachable as exc:
+            logger.debug("still alone: %s", exc)
+        else:
+            logger.info("back in the swarm: %d peers", count)
