@@ -68,9 +68,7 @@ class RopeConfig:
 
     def __post_init__(self) -> None:
         if self.kind not in ROPE_KINDS:
-            raise UnsupportedModel(
-                f"rope scaling {self.kind!r} is not supported: {', '.join(ROPE_KINDS)} are"
-            )
+            raise UnsupportedModel(f"rope scaling {self.kind!r} is not supported: {', '.join(ROPE_KINDS)} are")
         check_range("rope theta", self.theta, 1.0, 1e12)
         check_range("rope factor", self.factor, 1e-3, 1e6)
         check_range("rope attention_factor", self.attention_factor, 1e-3, 1e3)
@@ -143,13 +141,9 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         if self.family not in FAMILIES:
-            raise UnsupportedModel(
-                f"block family {self.family!r} is not supported: {', '.join(FAMILIES)} are"
-            )
+            raise UnsupportedModel(f"block family {self.family!r} is not supported: {', '.join(FAMILIES)} are")
         if self.activation not in ACTIVATIONS.values():
-            raise UnsupportedModel(
-                f"activation {self.activation!r} is not supported: silu, gelu_tanh, gelu are"
-            )
+            raise UnsupportedModel(f"activation {self.activation!r} is not supported: silu, gelu_tanh, gelu are")
         check_int("num_blocks", self.num_blocks, 1, MAX_BLOCKS)
         check_int("hidden_size", self.hidden_size, 1, MAX_HIDDEN)
         check_int("intermediate_size", self.intermediate_size, 1, MAX_INTERMEDIATE)
@@ -162,9 +156,7 @@ class ModelConfig:
         check_range("query_scale", self.query_scale, 1e-6, 1e6)
         check_range("embed_scale", self.embed_scale, 1e-6, 1e6)
         if self.num_heads % self.num_kv_heads:
-            raise CorruptCheckpoint(
-                f"{self.num_heads} query heads do not divide over {self.num_kv_heads} KV heads"
-            )
+            raise CorruptCheckpoint(f"{self.num_heads} query heads do not divide over {self.num_kv_heads} KV heads")
         if self.head_dim % 2:
             raise CorruptCheckpoint(f"head_dim {self.head_dim} is odd: rotary embedding needs pairs")
         self._check_windows()
@@ -191,9 +183,7 @@ class ModelConfig:
 
     def rope_of(self, block: int) -> RopeConfig:
         """The rotary embedding a block uses."""
-        return (
-            self.local_rope if self.local_rope is not None and self.window(block) is not None else self.rope
-        )
+        return self.local_rope if self.local_rope is not None and self.window(block) is not None else self.rope
 
     def block_parameters(self) -> int:
         """Weights in the matrices of one block: what a placement decision and a memory estimate count."""
@@ -218,9 +208,7 @@ class ModelConfig:
     def from_json(cls, data: bytes) -> ModelConfig:
         """Parse `to_json` bytes from any source. Raises CorruptCheckpoint or UnsupportedModel."""
         if len(data) > MAX_JSON_BYTES:
-            raise CorruptCheckpoint(
-                f"model config of {len(data)} bytes: at most {MAX_JSON_BYTES} are allowed"
-            )
+            raise CorruptCheckpoint(f"model config of {len(data)} bytes: at most {MAX_JSON_BYTES} are allowed")
         try:
             values = json.loads(data)
         except (ValueError, RecursionError) as exc:
@@ -240,9 +228,7 @@ def _typed(cls: type[ModelConfig] | type[RopeConfig], values: Mapping[str, Any])
     """Check JSON values against the dataclass: known names only, and the JSON type of each field."""
     names = {item.name for item in fields(cls)}
     if unknown := set(values) - names:
-        raise CorruptCheckpoint(
-            f"model config has unknown fields: {', '.join(sorted(map(str, unknown)))[:200]}"
-        )
+        raise CorruptCheckpoint(f"model config has unknown fields: {', '.join(sorted(map(str, unknown)))[:200]}")
     if missing := {item.name for item in fields(cls) if item.name not in values}:
         raise CorruptCheckpoint(f"model config lacks {', '.join(sorted(missing))}")
     return {item.name: _field(item.name, str(item.type), values[item.name]) for item in fields(cls)}
@@ -258,9 +244,7 @@ def _field(name: str, kind: str, value: Any) -> Any:
             return value
         case "int" if isinstance(value, int) and not isinstance(value, bool):
             return value
-        case "float" if (
-            isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        ):
+        case "float" if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
             return float(value)
         case "RopeConfig":
             return RopeConfig(**_typed(RopeConfig, as_mapping(value, name)))

@@ -102,9 +102,7 @@ class _Reader:
             raise CorruptCheckpoint(f"config.json: layer_types must list {count} blocks")
         for kind in value:
             if kind not in ("full_attention", "sliding_attention"):
-                raise UnsupportedModel(
-                    f"layer type {kind!r} is not supported: full_attention, sliding_attention are"
-                )
+                raise UnsupportedModel(f"layer type {kind!r} is not supported: full_attention, sliding_attention are")
         return tuple(kind == "sliding_attention" for kind in value)
 
 
@@ -162,9 +160,7 @@ def _from_gemma3(reader: _Reader) -> ModelConfig:
     """Published Gemma 3 configs leave out whatever equals the family's defaults, so they stand here."""
     num_blocks, hidden = reader.integer("num_hidden_layers", 26), reader.integer("hidden_size", 2304)
     if reader.flag("use_bidirectional_attention", False):
-        raise UnsupportedModel(
-            "bidirectional attention (EmbeddingGemma) is not supported: text generation is"
-        )
+        raise UnsupportedModel("bidirectional attention (EmbeddingGemma) is not supported: text generation is")
     pattern = reader.integer("sliding_window_pattern", 6)
     check_int("sliding_window_pattern", pattern, 1, MAX_BLOCKS)
     check_int("num_hidden_layers", num_blocks, 1, MAX_BLOCKS)
