@@ -25,7 +25,7 @@ from .gguf_file import GgufFile, GgufTensor
 from .manifests import Hasher, Progress, by_name, cached_manifest
 from .shapes import Shape, block_shapes, check_names, check_shapes, table_shape
 from .store import Store, Tensors
-from .vocabulary import tokenizer_json
+from .vocabulary import TABLES, tokenizer_json
 
 CONVERSION: Final = 1
 """Raised when the same file would be converted to other numbers or another tokenizer; it names the cache items."""
@@ -47,6 +47,7 @@ class GgufCheckpoint:
         self.config = gguf_model.model_config(self._file)
         self._check_tables()
         self.manifest = cached_manifest([path], cache_dir, CONVERSION, lambda: self._build_manifest(progress), name)
+        self._file.forget(*TABLES)
         self._store = Store(cache_dir / "weights" / f"{self.manifest.digest.hex()[:32]}-{CONVERSION}")
         self._entries = {entry.name: entry for leaf in (*self.manifest.blocks, self.manifest.head) for entry in leaf}
 

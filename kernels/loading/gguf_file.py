@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...protocol.errors import CorruptCheckpoint, UnsupportedModel
+from .mapped import MappedFile
 
 Value = int | float | bool | str | list[str] | NDArray[np.generic]
 
@@ -74,17 +75,18 @@ class GgufFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            with path.open("rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except (OSError, ValueError) as exc:  # ValueError: an empty file cannot be mapped
-            raise CorruptCheckpoint(f"{path}: cannot be read: {exc}") from exc
-        self.metadata, self.tensors = _Parser(path, self._map).parse()
+        self._file = MappedFile(path, writable=False)
+        self.metadata, self.tensors = _Parser(path, self._file.get()).parse()
+
+    def forget(self, *keys: str) -> None:
+        """Drop metadata that is needed no more: a vocabulary takes 30 MB."""
+        for key in keys:
+            self.metadata.pop(key, None)
 
     def raw(self, name: str) -> NDArray[np.uint8]:
         """The stored bytes of a tensor, uncopied and read-only."""
         tensor = self.tensors[name]
-        return np.frombuffer(self._map, np.uint8, tensor.size_bytes, tensor.offset)
+        return np.frombuffer(self._file.get(), np.uint8, tensor.size_bytes, tensor.offset)
 
 
 class _Parser:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from ...protocol.errors import CorruptCheckpoint, UnsupportedModel
+from .mapped import MappedFile
 
 MAX_HEADER_BYTES: Final = 64 * 1024 * 1024
 MAX_DIMENSIONS: Final = 8
@@ -57,17 +58,13 @@ class SafetensorsFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            with path.open("rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        except (OSError, ValueError) as exc:  # ValueError: an empty file cannot be mapped
-            raise CorruptCheckpoint(f"{path}: cannot be read: {exc}") from exc
-        self.tensors, self.metadata = _parse_header(path, self._map)
+        self._file = MappedFile(path, writable=True)
+        self.tensors, self.metadata = _parse_header(path, self._file.get())
 
     def raw(self, name: str) -> memoryview:
         """The stored bytes of a tensor, uncopied."""
         entry = self.tensors[name]
-        return memoryview(self._map)[entry.start : entry.end]
+        return memoryview(self._file.get())[entry.start : entry.end]
 
     def tensor(self, name: str) -> torch.Tensor:
         """A tensor as stored, a view of the mapping. Raises UnsupportedModel on a type we cannot compute with."""
@@ -79,7 +76,7 @@ class SafetensorsFile:
             )
         if entry.start == entry.end:
             return torch.empty(entry.shape, dtype=dtype)
-        raw = np.frombuffer(self._map, np.uint8, entry.end - entry.start, entry.start)
+        raw = np.frombuffer(self._file.get(), np.uint8, entry.end - entry.start, entry.start)
         if raw.ctypes.data % dtype.itemsize:
             raw = raw.copy()  # an odd header length leaves everything unaligned; torch wants aligned memory
         return torch.from_numpy(raw).view(dtype).reshape(entry.shape)

@@ -28,6 +28,8 @@ MAX_MERGED: Final = 256
 """Longest token, in characters, that is cut into merges: cutting is quadratic in hostile vocabularies otherwise."""
 
 _PREFIX: Final = "tokenizer.ggml."
+TABLES: Final = tuple(_PREFIX + name for name in ("tokens", "scores", "token_type", "merges"))
+"""The metadata that is only needed to make tokenizer.json."""
 _CONTRACTIONS: Final = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _LLAMA3: Final = (
     _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"

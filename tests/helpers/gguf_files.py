@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
 import gguf
-import numpy as np
 import torch
 from safetensors import safe_open
 from swarmnode.kernels.loading.gguf_model import block_names
@@ -143,7 +143,7 @@ def byte_letters():
 
 def random_strings(count, seed=0):
     """Texts of many scripts with emoji, joined characters, runs of spaces, control characters and contractions."""
-    rng = np.random.default_rng(seed)
+    rng = random.Random(seed)
     alphabets = [
         "abcdefghijklmnopqrstuvwxyz",
         "ABCDEFGHIJ",
@@ -168,10 +168,10 @@ def random_strings(count, seed=0):
     texts = []
     for _ in range(count):
         words = []
-        for _ in range(int(rng.integers(0, 9))):
-            letters = alphabets[int(rng.integers(len(alphabets)))]
-            words.append("".join(str(rng.choice(list(letters))) for _ in range(int(rng.integers(1, 9)))))
-        texts.append(str(rng.choice(["", " ", "  ", "\n"])).join(words))
+        for _ in range(rng.randrange(1, 9)):
+            letters = list(rng.choice(alphabets))
+            words.append("".join(rng.choice(letters) for _ in range(rng.randrange(1, 9))))
+        texts.append(rng.choice(["", " ", "  ", "\n"]).join(words))
     return texts
 
 
