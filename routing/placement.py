@@ -4,7 +4,7 @@ A server of n blocks gives each of them 1 / (n * block time) tokens a second; a 
 servers, and the swarm can be no faster than its slowest block. A joining server takes the window whose blocks are
 slowest (Petals' rule). An idle one moves when that pays. Petals simulates everybody moving at will and reloads 255
 blocks to bring 40 servers back to 89 % of the possible after 30 % have left. Here a move costs only the blocks not
-already held, must pay within HORIZON_S for the time the mover is away (the gain rule of notes on SWARM, with a price),
+already held, must pay within HORIZON_S for the time the mover is away (a gain rule with a price),
 and is part of a plan for the whole swarm that everybody computes alike from the same view: only the plan's first mover
 moves. That needs no messages, and no two servers fill one hole. See rebalance.py for the plan.
 """

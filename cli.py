@@ -1,0 +1,368 @@
+"""The command line. Only options and words are here; what a command does is node/commands.py, loaded when it runs.
+
+`swarmnode --help` must cost nothing, so this module imports click and the error tree and no more. Data goes to stdout,
+everything else to stderr. Every error is one line, `error: cause. fix`, with the exit codes of protocol/errors.py:
+0 ok, 1 error, 2 usage, 3 no route, 4 refused, 5 timeout, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+import click
+
+from . import __version__
+from .protocol.errors import ConfigError, SwarmError
+
+if TYPE_CHECKING:
+    from .node.commands import Generating
+    from .node.config import NodeConfig
+    from .node.console import Console
+
+INTERRUPTED: Final = 130
+USAGE: Final = 2
+_MAX_PROMPT_BYTES: Final = 16 * 1024 * 1024
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """The console script."""
+    sys.exit(run(args))
+
+
+def run(args: Sequence[str] | None = None) -> int:
+    """Run one command; its exit code. Errors a user can meet end as one line on stderr."""
+    try:
+        code = swarmnode.main(args, prog_name="swarmnode", standalone_mode=False)
+    except click.UsageError as exc:
+        return _fail(_usage(exc), USAGE)
+    except click.ClickException as exc:
+        return _fail(exc.format_message(), exc.exit_code)
+    except SwarmError as exc:
+        return _fail(str(exc), exc.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        return INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at exit
+        return 1
+    except OSError as exc:
+        return _fail(f"{exc.strerror or exc}{f': {exc.filename}' if exc.filename else ''}", 1)
+    return code if isinstance(code, int) else 0
+
+
+def _fail(message: str, code: int) -> int:
+    line = " ".join(message.split())
+    click.echo(f"error: {line}", err=True)
+    return code
+
+
+def _usage(exc: click.UsageError) -> str:
+    where = exc.ctx.command_path if exc.ctx is not None else "swarmnode"
+    return f"{exc.format_message().rstrip('.')}. See {where} --help"
+
+
+def _option(*names: str, env: str | None = None, **attributes: Any) -> Callable[[_Command], _Command]:
+    """A click option that also reads SWARMNODE_<name>."""
+    variable = env or "SWARMNODE_" + names[0].lstrip("-").upper().replace("-", "_")
+    return click.option(*names, envvar=variable, show_envvar=False, **attributes)
+
+
+def _options(*decorators: Callable[[Any], Any]) -> Callable[[_Command], _Command]:
+    def decorate(command: _Command) -> _Command:
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return decorate
+
+
+_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+_swarm = _options(
+    _option("--peer", multiple=True, metavar="ADDR", help="Address of a live node, ending in /p2p/ID. Repeatable."),
+    _option("--swarm", default="main", show_default=True, metavar="NAME", help="Name of the swarm."),
+)
+_sampling = _options(
+    _option("--model", default=None, help="Model, when the swarm serves several."),
+    _option("--max-new-tokens", type=int, default=256, show_default=True, metavar="N", help="Tokens to write at most."),
+    _option("--temperature", type=float, default=0.0, show_default=True, metavar="T", help="0: the likeliest token."),
+    _option("--top-p", type=float, default=1.0, metavar="P", help="Keep the likeliest tokens up to this probability."),
+    _option("--top-k", type=int, default=0, metavar="K", help="Keep the K likeliest tokens; 0 keeps all."),
+    _option("--min-p", type=float, default=0.0, metavar="P", help="Keep tokens this likely beside the likeliest."),
+    _option("--seed", type=int, default=None, metavar="S", help="Same seed, same text. Default: a random one."),
+    _option("--repetition-penalty", type=float, default=1.0, metavar="R", help="Above 1, discourage repeated tokens."),
+    _option("--stop", multiple=True, metavar="TEXT", help="Stop before this text. Repeatable."),
+    _option(
+        "--wire",
+        default="auto",
+        show_default=True,
+        metavar="CODEC",
+        help="Codec of activations: auto, bf16, int8s, fp32.",
+    ),
+    click.option("--stats", is_flag=True, help="Print route and speed to stderr at the end."),
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.option(
+    "--config", type=click.Path(path_type=Path), envvar="SWARMNODE_CONFIG", metavar="FILE", help="Settings file (TOML)."
+)
+@click.option("-q", "--quiet", is_flag=True, help="Nothing on stderr but errors.")
+@click.option("-v", "--verbose", count=True, help="Log to stderr; twice for every detail.")
+@click.version_option(__version__, message="%(version)s")
+@click.pass_context
+def swarmnode(ctx: click.Context, /, config: Path | None, quiet: bool, verbose: int) -> None:
+    """Run large language models together, peer to peer."""
+    ctx.obj = quiet
+    if verbose:
+        import logging
+
+        level = logging.DEBUG if verbose > 1 else logging.INFO
+        logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    if "--help" not in sys.argv[1:] and "-h" not in sys.argv[1:]:
+        ctx.default_map = _settings(config)
+
+
+def _settings(path: Path | None) -> dict[str, Any]:
+    """The settings file as every command's defaults."""
+    from .node.settings import load
+
+    known = {name for command in swarmnode.commands.values() for name in _settable(command)}
+    values = load(path, known)
+    return {
+        name: {key: value for key, value in values.items() if key in _settable(command)}
+        for name, command in swarmnode.commands.items()
+    }
+
+
+def _settable(command: click.Command) -> set[str]:
+    """Names a settings file may give a command: all but what only makes sense for one call."""
+    return {param.name for param in command.params if param.name} - {"as_json", "prompt", "address", "stats"}
+
+
+def _console(ctx: click.Context, /, as_json: bool) -> Console:
+    from .node.console import Console
+
+    return Console(as_json=as_json, quiet=bool(ctx.find_root().obj))
+
+
+def _config(peer: Sequence[str], swarm: str, **settings: Any) -> NodeConfig:
+    """NodeConfig from options; folders come from the environment or the system's usual places."""
+    from .node.config import NodeConfig
+
+    folders: dict[str, Any] = {
+        name: Path(os.environ[f"SWARMNODE_{name.upper()}"]) for name in _FOLDERS if _folder_set(name)
+    }
+    return NodeConfig(peers=tuple(peer), swarm=swarm, **folders, **settings)
+
+
+_FOLDERS: Final = ("data_dir", "cache_dir", "state_dir")
+
+
+def _folder_set(name: str) -> bool:
+    return bool(os.environ.get(f"SWARMNODE_{name.upper()}"))
+
+
+@swarmnode.command()
+@click.argument("model", required=False, envvar="SWARMNODE_MODEL")
+@_option(
+    "--serve",
+    default="auto",
+    show_default=True,
+    metavar="A:B|auto|none",
+    help="Blocks A to B-1, a choice, or DHT only.",
+)
+@_swarm
+@_option("--listen", multiple=True, metavar="ADDR", help="Where to listen. Repeatable. [default: any port]")
+@_option("--quant", default=None, metavar="none|int8|nf4", help="How to hold weights. [default: what suits the memory]")
+@_option("--dtype", default="bf16", show_default=True, metavar="bf16|fp32", help="Type computed in.")
+@_option("--device", default="cpu", show_default=True, help="Torch device.")
+@_option("--identity", type=click.Path(path_type=Path), default=None, metavar="FILE", help="Key file, made if missing.")
+@_option("--public-name", default="", metavar="NAME", help="What others see beside your peer id.")
+@_json
+@click.pass_context
+def join(
+    ctx: click.Context,
+    /,
+    model: str | None,
+    serve: str,
+    peer: tuple[str, ...],
+    swarm: str,
+    listen: tuple[str, ...],
+    quant: str | None,
+    dtype: str,
+    device: str,
+    identity: Path | None,
+    public_name: str,
+    as_json: bool,
+) -> int:
+    """Join a swarm and serve blocks of MODEL until interrupted.
+
+    MODEL is a folder with safetensors, a .gguf file, a Hugging Face repository, or the built-in gemma3-270m. Prints
+    READY and an address on stdout when others can use it.
+    """
+    span = parse_span(serve)
+    settings: dict[str, Any] = {"identity": identity, "public_name": public_name, "persistent": True}
+    if listen:
+        settings["listen"] = listen
+    config = _config(peer, swarm, publish_runtime=True, **settings)
+    from .node import commands
+
+    serving = commands.Serving(model=model, span=span, nothing=serve == "none", quant=quant, dtype=dtype, device=device)
+    return commands.run(commands.join(config, serving, _console(ctx, as_json)))
+
+
+def parse_span(text: str) -> tuple[int, int] | None:
+    """`A:B` as a half-open span; None for auto and none. Raises ConfigError."""
+    if text in ("auto", "none"):
+        return None
+    start, colon, end = text.partition(":")
+    if not (colon and start.isdecimal() and end.isdecimal() and len(text) < 20):
+        raise ConfigError(f"--serve {text[:40]!r}: use A:B for blocks A to B-1, such as 0:9, or auto, or none")
+    if int(start) >= int(end):
+        raise ConfigError(f"--serve {text} is empty: A:B serves blocks A to B-1, so B must be larger than A")
+    return int(start), int(end)
+
+
+@swarmnode.command()
+@click.argument("prompt")
+@_swarm
+@_sampling
+@_json
+@click.pass_context
+def generate(ctx: click.Context, /, prompt: str, peer: tuple[str, ...], swarm: str, as_json: bool, **how: Any) -> int:
+    """Write what comes after PROMPT ("-" reads it from stdin), as it is generated.
+
+    Finds a swarm by --peer, the settings file, or a node running on this machine; without one it runs the whole model
+    here.
+    """
+    text = _stdin() if prompt == "-" else prompt
+    generating, config = _generating(how), _config(peer, swarm)
+    from .node import commands
+
+    return commands.run(commands.generate(config, text, generating, _console(ctx, as_json)))
+
+
+def _stdin() -> str:
+    data = sys.stdin.buffer.read(_MAX_PROMPT_BYTES + 1)
+    if len(data) > _MAX_PROMPT_BYTES:
+        raise ConfigError(f"the prompt on stdin is over {_MAX_PROMPT_BYTES} bytes: shorten it")
+    try:
+        return data.decode()
+    except UnicodeDecodeError as exc:
+        raise ConfigError(f"the prompt on stdin is not UTF-8 text: {exc.reason} at byte {exc.start}") from exc
+
+
+def _generating(how: dict[str, Any]) -> Generating:
+    """Check sampling options before anything heavy is loaded. Raises ConfigError."""
+    from .protocol.sampling import SamplingParams
+    from .protocol.tensors import Codec
+
+    seed = how["seed"] if how["seed"] is not None else secrets.randbelow(1 << 31)
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    sampling = SamplingParams(seed=seed, **{name: how[name] for name in names})
+    if how["max_new_tokens"] < 1:
+        raise ConfigError(f"--max-new-tokens is {how['max_new_tokens']}: use at least 1")
+    if how["wire"] != "auto":
+        Codec.from_label(how["wire"])
+    from .node.commands import Generating
+
+    return Generating(
+        model=how["model"],
+        max_new_tokens=how["max_new_tokens"],
+        sampling=sampling,
+        stop=how["stop"],
+        wire=how["wire"],
+        stats=how["stats"],
+    )
+
+
+@swarmnode.command()
+@_swarm
+@_sampling
+@click.option("--system", default=None, metavar="TEXT", help="Instruction before the conversation.")
+@_json
+@click.pass_context
+def chat(
+    ctx: click.Context, /, peer: tuple[str, ...], swarm: str, system: str | None, as_json: bool, **how: Any
+) -> int:
+    """Talk to a model: a line in, an answer out, until an empty line or Ctrl-D."""
+    generating, config = _generating(how), _config(peer, swarm)
+    from .node import commands
+
+    return commands.run(commands.chat(config, generating, system, _console(ctx, as_json)))
+
+
+@swarmnode.command()
+@_swarm
+@_json
+@click.pass_context
+def status(ctx: click.Context, /, peer: tuple[str, ...], swarm: str, as_json: bool) -> int:
+    """Nodes on this machine, and who serves which blocks."""
+    from .node import commands, reports
+
+    return commands.run(reports.status(_config(peer, swarm), _console(ctx, as_json)))
+
+
+@swarmnode.command()
+@_swarm
+@_json
+@click.pass_context
+def peers(ctx: click.Context, /, peer: tuple[str, ...], swarm: str, as_json: bool) -> int:
+    """Nodes met on joining, with a measured round trip each."""
+    from .node import commands, reports
+
+    return commands.run(reports.peers(_config(peer, swarm), _console(ctx, as_json)))
+
+
+@swarmnode.command()
+@_swarm
+@_json
+@click.pass_context
+def models(ctx: click.Context, /, peer: tuple[str, ...], swarm: str, as_json: bool) -> int:
+    """Models the swarm serves."""
+    from .node import commands, reports
+
+    return commands.run(reports.models(_config(peer, swarm), _console(ctx, as_json)))
+
+
+@swarmnode.command()
+@click.argument("model", required=False, envvar="SWARMNODE_MODEL")
+@_swarm
+@click.option("--tokens", type=click.IntRange(1, 1 << 20), default=1, show_default=True, help="Tokens a step carries.")
+@_json
+@click.pass_context
+def route(
+    ctx: click.Context, /, model: str | None, peer: tuple[str, ...], swarm: str, tokens: int, as_json: bool
+) -> int:
+    """The chain of servers MODEL would use now, and what each hop costs."""
+    from .node import commands, reports
+
+    return commands.run(reports.route(_config(peer, swarm), model, tokens, _console(ctx, as_json)))
+
+
+@swarmnode.command()
+@click.argument("address")
+@click.option("-c", "--count", type=click.IntRange(1, 1000), default=4, show_default=True, help="Round trips.")
+@_json
+@click.pass_context
+def ping(ctx: click.Context, /, address: str, count: int, as_json: bool) -> int:
+    """Measure round trips to the node at ADDRESS, checking its identity."""
+    from .node import commands, reports
+
+    return commands.run(reports.ping(_config((), "main"), address, count, _console(ctx, as_json)))
+
+
+@swarmnode.command("id")
+@_option("--identity", type=click.Path(path_type=Path), default=None, metavar="FILE", help="Key file, made if missing.")
+@_json
+@click.pass_context
+def identity(ctx: click.Context, /, identity: Path | None, as_json: bool) -> int:
+    """The peer id of your default key file, or of FILE."""
+    from .node import reports
+
+    return reports.identity(_config((), "main", identity=identity), _console(ctx, as_json))
