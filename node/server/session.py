@@ -19,7 +19,6 @@ from ...protocol.messages import (
     TO_PREVIOUS,
     Attach,
     Attached,
-    Close,
     Data,
     Draining,
     Failed,
@@ -78,7 +77,7 @@ class ServerSession:
         self._prev_changed = asyncio.Event()
         self._tasks: asyncio.TaskGroup | None = None
         self._next_hop: asyncio.Task[None] | None = None
-        self._used_at = 0.0
+        self._idle: asyncio.Timeout | None = None
 
     @property
     def key(self) -> tuple[bytes, int]:
@@ -104,31 +103,30 @@ class ServerSession:
             self._control.reset()
 
     async def _read_control(self) -> None:
-        """Follow the opener's control stream to its end. Its own data frames come here when it is the previous hop."""
-        while (frame := await self._next_frame()) is not None:
-            message, payload = frame
-            match message:
-                case Data():
-                    await self._take_data(self.machine.opener, message, payload)
-                case Truncate():
-                    self._take_truncate(self.machine.opener, message)
-                case Rewire():
-                    self._rewire(message)
-                case Probe(nonce=nonce):
-                    self._send_client(self.machine.progress(nonce))
-                case Close():
-                    return
-                case _:
-                    raise _Over
-
-    async def _next_frame(self) -> tuple[Message, bytes] | None:
-        """The opener's next frame. A breach of protocol by it, or silence for IDLE_S, ends the session."""
+        """Follow the opener's control stream to its end. A breach of protocol, or silence, ends the session."""
         try:
             async with asyncio.timeout(IDLE_S) as self._idle:
-                return await self._control.receive()
+                while (frame := await self._control.receive()) is not None and await self._obey(*frame):
+                    self._used()
         except (ProtocolError, TimeoutError) as exc:
-            await self._fail(str(exc) or f"no use for {IDLE_S:.0f} s")
-            return None
+            await self._fail(str(exc) or f"nobody used it for {IDLE_S:.0f} s")
+        finally:
+            self._idle = None
+
+    async def _obey(self, message: Message, payload: bytes) -> bool:
+        """One message of the opener; False ends the session. Its data come here when it is the previous hop."""
+        match message:
+            case Data():
+                await self._take_data(self.machine.opener, message, payload)
+            case Truncate():
+                self._take_truncate(self.machine.opener, message)
+            case Rewire():
+                self._rewire(message)
+            case Probe(nonce=nonce):
+                self._send_client(self.machine.progress(nonce))
+            case _:
+                return False
+        return True
 
     async def pump(self, frames: FrameStream) -> None:
         """Read an attached data stream until it ends or another previous hop takes over."""
@@ -175,7 +173,7 @@ class ServerSession:
         self._have_rows.set()
 
     def _used(self) -> None:
-        if not self._idle.expired():
+        if self._idle is not None and not self._idle.expired():
             self._idle.reschedule(asyncio.get_running_loop().time() + IDLE_S)
 
     def _computed(self, job: Job, outcome: Outcome) -> None:
