@@ -6,7 +6,7 @@ Ties are broken by the lower id everywhere, so equal logits give an equal token.
 
 Filters act in this order, each on what the one before left: penalties, top-k, temperature, top-p, min-p. They
 only choose a set; the draw then runs through the set by rising id. A vocabulary has 262,144 entries and a token
-some 15 ms, so nothing here sorts it all: greedy takes 0.3 ms, top-p about one more.
+some 15 ms, so nothing here sorts it all: greedy takes 0.6 ms, a draw 1 to 5 ms.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from ..protocol.errors import ServerFailed
 from ..protocol.sampling import SamplingParams
 
 Floats = NDArray[np.float32]
-Doubles = NDArray[np.float64]
 Ids = NDArray[np.int64]
 
 _DOMAIN: Final = b"swarmnode/sampling/1"
 _MANTISSA_BITS: Final = 53
+_SUM_BLOCK: Final = 512
 
 
 def uniform(seed: int, position: int) -> float:
@@ -71,39 +71,58 @@ def _penalize(raw: Floats, params: SamplingParams, history: Sequence[int]) -> Fl
 
 def _draw(logits: Floats, params: SamplingParams, position: int) -> int:
     """Filter, then invert the cumulative sum over the kept ids at the position's uniform."""
-    ids = _top_k(logits, params.top_k)
-    kept = logits[ids].astype(np.float64)
-    weights = np.exp((kept - kept.max()) / params.temperature)
+    ids = _top_k(logits, params.top_k) if 0 < params.top_k < len(logits) else None
+    kept = logits if ids is None else logits[ids]
+    weights = kept - kept.max()
+    np.divide(weights, np.float32(params.temperature), out=weights)
+    np.exp(weights, out=weights)
     if params.top_p < 1:
         inside = _nucleus(weights, params.top_p)
-        ids, weights = ids[inside], weights[inside]
+        ids, weights = inside if ids is None else ids[inside], weights[inside]
     if params.min_p > 0:
         inside = np.flatnonzero(weights >= params.min_p * weights.max())
-        ids, weights = ids[inside], weights[inside]
-    cumulative = np.cumsum(weights)
-    threshold = uniform(params.seed, position) * cumulative[-1]
-    place = int(np.searchsorted(cumulative, threshold, side="right"))
-    return int(ids[min(place, len(ids) - 1)])
+        ids, weights = inside if ids is None else ids[inside], weights[inside]
+    place = _invert(weights, uniform(params.seed, position))
+    return place if ids is None else int(ids[place])
+
+
+def _invert(weights: Floats, draw: float) -> int:
+    """The first place where the running sum of the weights passes `draw` of the total.
+
+    In two levels, blocks and then inside one block: a running sum over the whole vocabulary takes 2.5 ms, this 0.2.
+    """
+    whole = len(weights) // _SUM_BLOCK * _SUM_BLOCK
+    sums = weights[:whole].reshape(-1, _SUM_BLOCK).sum(axis=1, dtype=np.float64)
+    reached = np.cumsum(np.append(sums, weights[whole:].sum(dtype=np.float64)))
+    threshold = draw * reached[-1]
+    block = int(np.searchsorted(reached, threshold, side="right"))
+    if block == len(reached):  # the product was rounded up to the total
+        return int(np.flatnonzero(weights)[-1])
+    first = block * _SUM_BLOCK
+    inner = np.cumsum(weights[first : first + _SUM_BLOCK], dtype=np.float64)
+    before = reached[block - 1] if block else 0.0
+    place = first + int(np.searchsorted(inner, threshold - before, side="right"))
+    if place == first + len(inner):  # the two levels round differently
+        return first + int(np.flatnonzero(weights[first : first + _SUM_BLOCK])[-1])
+    return place
 
 
 def _top_k(logits: Floats, k: int) -> Ids:
-    """The k largest logits' ids, rising; of equals at the border the lower ids. All of them for k = 0."""
-    if not 0 < k < len(logits):
-        return np.arange(len(logits))
+    """The k largest logits' ids, rising; of equals at the border the lower ids. 0 < k < len(logits)."""
     border = np.partition(logits, len(logits) - k)[len(logits) - k]
     above = np.flatnonzero(logits > border)
     equal = np.flatnonzero(logits == border)[: k - len(above)]
     return np.sort(np.concatenate([above, equal]))
 
 
-def _nucleus(weights: Doubles, top_p: float) -> Ids:
+def _nucleus(weights: Floats, top_p: float) -> Ids:
     """Places of the likeliest tokens that together reach top_p of the weight, rising.
 
     Only candidates are sorted: what lies below (1 - p) * total / count sums to less than 1 - p of the total, so
     it is never inside.
     """
-    total = weights.sum()
+    total = weights.sum(dtype=np.float64)
     candidates = np.flatnonzero(weights >= (1 - top_p) * total / len(weights))
     order = candidates[np.argsort(-weights[candidates], kind="stable")]
-    reached = int(np.searchsorted(np.cumsum(weights[order]), top_p * total))
+    reached = int(np.searchsorted(np.cumsum(weights[order], dtype=np.float64), top_p * total))
     return np.sort(order[: reached + 1])

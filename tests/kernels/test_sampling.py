@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from swarmnode.kernels import sampling
 from swarmnode.kernels.sampling import sample, uniform
 from swarmnode.protocol.errors import ServerFailed
 from swarmnode.protocol.sampling import SamplingParams
@@ -128,6 +130,26 @@ def test_nonsense_logits_are_a_failed_server(bad):
     logits[3] = bad
     with pytest.raises(ServerFailed, match="not finite"):
         sample(logits, SamplingParams(temperature=1.0), [], 0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(size=st.integers(1, 2000), zeros=st.floats(0, 1), draw=st.floats(0, 1, exclude_max=True))
+def test_inverting_in_two_levels_finds_the_place_of_one_running_sum(size, zeros, draw):
+    generator = np.random.default_rng(size)
+    weights = generator.random(size, np.float32) * (generator.random(size) >= zeros)
+    weights[generator.integers(size)] = 1.0
+    place = sampling._invert(weights, draw)
+    running = np.cumsum(weights, dtype=np.float64)
+    slack = 1e-9 * running[-1]
+    assert weights[place] > 0
+    assert running[place] >= draw * running[-1] - slack
+    assert running[place] - weights[place] <= draw * running[-1] + slack
+
+
+def test_the_last_rounding_never_draws_a_masked_token():
+    weights = np.zeros(1500, np.float32)
+    weights[7] = 0.1
+    assert sampling._invert(weights, 1.0) == 7
 
 
 def test_masked_tokens_are_never_drawn():
