@@ -39,5 +39,5 @@ def fetch_repository(repository: str) -> Path:
         first_line = str(exc).strip().partition("\n")[0]
         raise ModelNotFound(
             f"{repository!r} cannot be fetched from the Hugging Face Hub: {first_line}; check the name, and that "
-            "you have access (huggingface-cli login)"
+            "you have access (hf auth login)"
         ) from exc
