@@ -1,8 +1,8 @@
 """Takes `/swarmnode/session/1.0.0` streams: opens sessions, attaches data streams to them, refuses politely.
 
 The first frame says what a stream is. Open: the control stream of a new session, served until it ends. Attach: a data
-stream of the previous hop of a session we hold; if the client has not yet told us that this peer is our new previous
-hop, the stream waits, because a repair's replay may arrive before the client's word does.
+stream of the previous hop of a session we hold; if the client has not yet opened the session here, or not yet told us
+that this peer is our new previous hop, the stream waits, because peers may be faster than the client's word.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ logger = logging.getLogger(__name__)
 MAX_SESSIONS: Final = 1024
 FIRST_FRAME_S: Final = 10.0
 PARK_S: Final = 5.0
-"""How long an attached stream waits for the client's rewire."""
+"""How long an attached stream waits for its session, or for the client's rewire."""
+MAX_PARKED: Final = 256
 
 
 class Span(Protocol):
@@ -62,6 +63,8 @@ class Sessions:
         self._find = find
         self._logs = logs
         self._sessions: dict[tuple[bytes, int], ServerSession] = {}
+        self._parked = 0
+        self._opened = asyncio.Event()
         self._empty = asyncio.Event()
         self._empty.set()
         host.handle(SESSION_PROTOCOL, self._handle)
@@ -118,6 +121,7 @@ class Sessions:
         frames.set_priority(Priority.DECODE)
         self._sessions[session.key] = session
         self._empty.clear()
+        self._opened.set()
         try:
             await frames.send(Opened(compute_class=span.compute_class, log_bytes=self._logs.limit_bytes))
             await session.run()
@@ -128,17 +132,28 @@ class Sessions:
             span.worker.release(seat)
 
     async def _attach(self, frames: FrameStream, attach: Attach) -> None:
-        session = self._sessions.get((attach.session, attach.start))
-        if session is None:
-            await self._refuse(frames, Refused(code=int(RefusalCode.BAD_REQUEST), reason="no such session here"))
+        if self._parked >= MAX_PARKED:
+            await self._refuse(frames, Refused(code=int(RefusalCode.BUSY), reason="too many streams wait here"))
             return
-        async with asyncio.timeout(PARK_S):
-            await session.until_prev_is(frames.stream.remote.raw)
+        self._parked += 1
+        try:
+            async with asyncio.timeout(PARK_S):
+                session = await self._session_of(attach)
+                await session.until_prev_is(frames.stream.remote.raw)
+        finally:
+            self._parked -= 1
         frames.max_payload = session.max_payload
         try:
             await session.pump(frames)
         finally:
             frames.reset()
+
+    async def _session_of(self, attach: Attach) -> ServerSession:
+        """The session meant; waits for it, because the previous hop may have opened faster than we have."""
+        while (session := self._sessions.get((attach.session, attach.start))) is None:
+            self._opened.clear()
+            await self._opened.wait()
+        return session
 
     def _refusal(self, request: Open, span: Span | None) -> Refused | None:
         """Why this request cannot be served, if so."""
