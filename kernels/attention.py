@@ -82,21 +82,37 @@ def attend(
     rows, heads, width = queries.shape
     kv_heads, length, _ = keys.shape
     group = heads // kv_heads
-    grouped = queries.view(rows, kv_heads, group, width).transpose(0, 1).reshape(kv_heads, rows * group, width)
-    if padding := -grouped.shape[1] % ROWS:
-        grouped = torch.cat((grouped, grouped.new_zeros(kv_heads, padding, width)), 1)
-    weights = torch.bmm(grouped, keys.mT)  # [kv_heads, query rows, keys]
+    weights = torch.bmm(_grouped(queries, kv_heads, group), keys.mT)  # [kv_heads, query rows, keys]
     weights.masked_fill_(block.mask, _MASKED)
     weights.sub_(weights.amax(-1, keepdim=True)).exp_()
     totals = weights.view(kv_heads, -1, length // TILE, TILE).sum(-1)  # [kv_heads, query rows, tiles]
-    if length > TILE:
+    if length == TILE:
+        mixed = torch.bmm(weights, values)  # [kv_heads, query rows, d]
+    else:
         totals = totals.cumsum(-1)[..., -1:]
-    mixed = torch.bmm(weights[..., :TILE], values[:, :TILE])  # [kv_heads, query rows, d]
-    for start in range(TILE, length, TILE):
-        mixed.baddbmm_(weights[..., start : start + TILE], values[:, start : start + TILE])
+        mixed = torch.bmm(weights[..., :TILE], values[:, :TILE])
+        for start in range(TILE, length, TILE):
+            mixed.baddbmm_(weights[..., start : start + TILE], values[:, start : start + TILE])
     mixed.div_(totals)
-    result = mixed[:, : rows * group].view(kv_heads, rows, group, width).transpose(0, 1)
-    out.view(rows, kv_heads, group, width).copy_(result)
+    if rows == 1:
+        out.view(kv_heads, group, width).copy_(mixed[:, :group])
+    else:
+        result = mixed[:, : rows * group].view(kv_heads, rows, group, width).transpose(0, 1)
+        out.view(rows, kv_heads, group, width).copy_(result)
+
+
+def _grouped(queries: torch.Tensor, kv_heads: int, group: int) -> torch.Tensor:
+    """[rows, heads, d] -> [kv_heads, rows * group padded to ROWS, d]."""
+    rows, _, width = queries.shape
+    if rows == 1:
+        grouped = queries.view(kv_heads, group, width)
+    else:
+        grouped = queries.view(rows, kv_heads, group, width).transpose(0, 1).reshape(kv_heads, rows * group, width)
+    if not rows * group % ROWS:
+        return grouped
+    padded = torch.zeros(kv_heads, rows * group + -rows * group % ROWS, width, device=queries.device)
+    padded[:, : rows * group].copy_(grouped)
+    return padded
 
 
 def attend_fused(

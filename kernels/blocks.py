@@ -19,7 +19,7 @@ from .kvcache import BlockCache
 from .linear import Linear
 from .models.config import ModelConfig
 from .norms import RMSNorm
-from .rope import interleave, rotate
+from .rope import interleave, rotate_
 
 Tensors = Mapping[str, torch.Tensor]
 MakeLinear = Callable[[torch.Tensor, torch.Tensor | None], Linear]
@@ -82,7 +82,6 @@ class Block:
         self._activation: Activation = make_activation(config.activation, device)
         self._scale = None if config.qk_norm else torch.tensor(config.query_scale, device=device)
         self._attend = attend if device.type == "cpu" else attend_fused
-        self._score_dtype = torch.float32 if device.type == "cpu" else None
 
     @property
     def size_bytes(self) -> int:
@@ -114,30 +113,31 @@ class Block:
         pieces: Sequence[tuple[PieceView, BlockCache]],
         scratch: Scratch,
     ) -> torch.Tensor:
-        count, heads, width = rows.shape[0], self._heads, self._head_dim
-        rotated_heads = heads + self._kv_heads
-        qkv = self._qkv(rows).view(count, rotated_heads + self._kv_heads, width)
-        qk, fresh_values = qkv[:, :rotated_heads], qkv[:, rotated_heads:]
+        count, heads, kv_heads, width = rows.shape[0], self._heads, self._kv_heads, self._head_dim
+        qkv = self._qkv(rows).view(count, heads + 2 * kv_heads, width)
+        rotated = qkv.narrow(1, 0, heads + kv_heads)
         if self._qk_norm is not None:
-            qk = self._qk_norm(qk)
-        qk = rotate(qk, rotations)  # [rows, heads + kv_heads, d]
-        queries, fresh_keys = qk[:, :heads], qk[:, heads:]
+            self._qk_norm.apply_(rotated)
+        rotate_(rotated, rotations)
+        queries = qkv.narrow(1, 0, heads)
         if self._scale is not None:
             queries.mul_(self._scale)
+        fresh = (
+            qkv.narrow(1, heads, 2 * kv_heads).view(count, 2, kv_heads, width).permute(1, 2, 0, 3)
+        )  # [2, kv_heads, rows, d]
         for piece, cache in pieces:
-            part = slice(piece.first, piece.last)
-            slots = slice(piece.position - cache.base, piece.position - cache.base + piece.last - piece.first)
-            cache.keys[:, slots].copy_(fresh_keys[part].transpose(0, 1))
-            cache.values[:, slots].copy_(fresh_values[part].transpose(0, 1))
+            count = piece.last - piece.first  # narrow() is half the price of slicing
+            cache.slab.narrow(2, piece.position - cache.base, count).copy_(fresh.narrow(2, piece.first, count))
             for block in piece.queries:
-                keys = slice(block.key_start - cache.base, block.key_end - cache.base)
-                own = slice(piece.first + block.first, piece.first + block.last)
+                cached = cache.slab.narrow(2, block.key_start - cache.base, block.key_end - block.key_start)
+                keys, values = scratch.floats(cached).unbind(0)  # [kv_heads, keys, d] each
+                first, rows_in_block = piece.first + block.first, block.last - block.first
                 self._attend(
-                    queries[own],
-                    scratch.floats(cache.keys[:, keys], 0),
-                    scratch.floats(cache.values[:, keys], 1),
+                    queries.narrow(0, first, rows_in_block),
+                    keys,
+                    values,
                     block,
-                    scratch.mixed[own],
+                    scratch.mixed.narrow(0, first, rows_in_block),
                 )
         return self._output(scratch.mixed)
 
@@ -153,14 +153,13 @@ class Scratch:
         self.mixed = torch.zeros(rows, width, dtype=torch.float32, device=device)
         """Attention's result; padding rows stay zero."""
         self._convert = dtype != torch.float32 and device.type == "cpu"
-        size = cache_values if self._convert else 0
-        self._buffers = tuple(torch.empty(size, dtype=torch.float32, device=device) for _ in range(2))
+        self._buffer = torch.empty(cache_values if self._convert else 0, dtype=torch.float32, device=device)
 
-    def floats(self, slab: torch.Tensor, which: int) -> torch.Tensor:
+    def floats(self, slab: torch.Tensor) -> torch.Tensor:
         """A part of a cache slab in fp32 (elsewhere than on a CPU: as it is), valid until the next call."""
         if not self._convert:
             return slab
-        return self._buffers[which][: slab.numel()].view(slab.shape).copy_(slab)
+        return self._buffer[: slab.numel()].view(slab.shape).copy_(slab)
 
 
 class _Parts:

@@ -1,9 +1,9 @@
 """Keys and values of sessions, grown on demand in tiles of 64 under one byte budget.
 
-A lane is one sequence. Each of its blocks has a contiguous slab [kv_heads, capacity, head_dim] for keys and one for
-values, so attention reads them without gathering. Memory is taken when tokens come, not when a session opens, and is
-given back the moment a lane is freed. Blocks with a sliding window forget what lies more than the window and a
-rollback margin behind; a deeper truncation asks for a replay.
+A lane is one sequence. Each of its blocks has one slab [keys or values, kv_heads, capacity, head_dim], so attention
+reads them without gathering and a pass writes them in one copy. Memory is taken when tokens come, not when a session
+opens, and is given back the moment a lane is freed. Blocks with a sliding window forget what lies more than the window
+and a rollback margin behind; a deeper truncation asks for a replay.
 
 Unused slots hold zeros: attention multiplies them by exact zeros, and 0 * NaN would not be 0.
 
@@ -116,20 +116,19 @@ class KVPool:
 class BlockCache:
     """One block's keys and values of one lane."""
 
-    __slots__ = ("base", "keys", "values", "window")
+    __slots__ = ("base", "slab", "window")
 
     def __init__(self, empty: torch.Tensor, window: int | None) -> None:
         self.base = 0
         """Position of slot 0, a multiple of TILE."""
         self.window = window
         """Sliding window, None where everything is kept."""
-        self.keys = empty  # [kv_heads, capacity, head_dim]
-        self.values = empty
+        self.slab = empty  # [2, kv_heads, capacity, head_dim]
 
     @property
     def capacity(self) -> int:
         """Slots there is room for."""
-        return self.keys.shape[1]
+        return self.slab.shape[2]
 
     def keep_from(self, length: int) -> int:
         """First position worth keeping when `length` positions are cached."""
@@ -154,22 +153,14 @@ class BlockCache:
         if base == self.base and capacity == self.capacity:
             return
         kept = max(0, length - base)
-        source = slice(base - self.base, base - self.base + kept)
-        self.keys = _moved(self.keys, source, capacity)
-        self.values = _moved(self.values, source, capacity)
-        self.base = base
+        kept_from = base - self.base
+        fresh = self.slab.new_zeros(*self.slab.shape[:2], capacity, self.slab.shape[3])
+        fresh[:, :, :kept] = self.slab[:, :, kept_from : kept_from + kept]
+        self.slab, self.base = fresh, base
 
     def clear(self, start: int, end: int) -> None:
         """Zero the positions [start, end)."""
-        part = slice(max(0, start - self.base), max(0, end - self.base))
-        self.keys[:, part].zero_()
-        self.values[:, part].zero_()
-
-
-def _moved(slab: torch.Tensor, source: slice, capacity: int) -> torch.Tensor:
-    fresh = slab.new_zeros(slab.shape[0], capacity, slab.shape[2])
-    fresh[:, : source.stop - source.start] = slab[:, source]
-    return fresh
+        self.slab[:, :, max(0, start - self.base) : max(0, end - self.base)].zero_()
 
 
 class LaneCache:
@@ -177,7 +168,7 @@ class LaneCache:
 
     def __init__(self, pool: KVPool, start: int, end: int) -> None:
         config = pool.config
-        empty = torch.zeros(config.num_kv_heads, 0, config.head_dim, dtype=pool.dtype, device=pool.device)
+        empty = torch.zeros(2, config.num_kv_heads, 0, config.head_dim, dtype=pool.dtype, device=pool.device)
         self.start = start
         self.end = end
         self.length = 0
@@ -238,8 +229,7 @@ class LaneCache:
     def reset(self) -> None:
         """Empty the lane and give its memory back; it stays open. A replay starts with it."""
         for block in self.blocks:
-            block.keys = block.values = block.keys.new_zeros(block.keys.shape[0], 0, block.keys.shape[2])
-            block.base = 0
+            block.slab, block.base = block.slab[:, :, :0].clone(), 0
         self._pool.take(-self._held)
         self._held = self.length = 0
 
@@ -254,7 +244,7 @@ class LaneCache:
         other._held = self._held
         other.length = self.length
         for mine, theirs in zip(self.blocks, other.blocks, strict=True):
-            theirs.base, theirs.keys, theirs.values = mine.base, mine.keys.clone(), mine.values.clone()
+            theirs.base, theirs.slab = mine.base, mine.slab.clone()
         return other
 
     def free(self) -> None:

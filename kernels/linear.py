@@ -14,12 +14,12 @@ from __future__ import annotations
 from typing import Any, Final, Protocol
 
 import torch
-from torch.nn import functional
 
 ROWS: Final = 4
 """Rows are padded to a multiple of this."""
 SMALL_WEIGHT: Final = 65_536
-"""Weights with fewer values are kept in fp32 and multiplied by MKL: a oneDNN call costs 13 us, more than the work."""
+"""Weights with fewer values are kept in fp32 and multiplied by MKL: a oneDNN call costs 13 us, one of bitsandbytes 40,
+more than the work."""
 
 
 class Linear(Protocol):
@@ -38,15 +38,16 @@ class PlainLinear:
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> None:
         self._dtype = dtype
-        self._weight = weight.to(dtype).contiguous()
-        self._bias = None if bias is None else bias.to(dtype)
+        self._transposed = weight.to(dtype).contiguous().t()  # a view made once: functional.linear costs 2 us more
+        self._bias = None if bias is None else bias.float()
 
     @property
     def size_bytes(self) -> int:
-        return tensor_bytes(self._weight, self._bias)
+        return tensor_bytes(self._transposed, self._bias)
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        return functional.linear(rows.to(self._dtype), self._weight, self._bias).float()
+        out = torch.mm(rows.to(self._dtype), self._transposed).float()
+        return out if self._bias is None else out.add_(self._bias)
 
 
 class PackedLinear:
@@ -74,11 +75,16 @@ def make_linear(weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dt
     """An unquantized Linear. The kernel depends on the weight's size and the machine, never on the rows."""
     if device.type != "cpu":
         return PlainLinear(weight.to(device), None if bias is None else bias.to(device), dtype)
-    if weight.numel() < SMALL_WEIGHT:
-        return PlainLinear(weight.to(dtype), None if bias is None else bias.to(dtype), torch.float32)
+    if is_small(weight):
+        return PlainLinear(weight.to(dtype), bias, torch.float32)
     if can_pack():
         return PackedLinear(weight, bias, dtype)
     return PlainLinear(weight, bias, dtype)
+
+
+def is_small(weight: torch.Tensor) -> bool:
+    """Whether a weight is too small for anything but plain fp32 on the CPU (quantized ones: with rounded values)."""
+    return weight.numel() < SMALL_WEIGHT
 
 
 def can_pack() -> bool:

@@ -24,6 +24,12 @@ class RMSNorm:
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         """fp32 [..., width] -> fp32 [..., width]."""
-        length = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)  # [..., 1]
-        length.mul_(length).add_(self._epsilon).sqrt_()
-        return torch.div(rows, length).mul_(self._weight)
+        return torch.div(rows, self._length(rows)).mul_(self._weight)
+
+    def apply_(self, rows: torch.Tensor) -> None:
+        """The same in place."""
+        rows.div_(self._length(rows)).mul_(self._weight)
+
+    def _length(self, rows: torch.Tensor) -> torch.Tensor:
+        length: torch.Tensor = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)  # [..., 1]
+        return length.mul_(length).add_(self._epsilon).sqrt_()

@@ -117,15 +117,13 @@ class RopeTable:
         return torch.reciprocal(bases[:, None].float() ** exponents)
 
 
-def rotate(heads: torch.Tensor, rotations: torch.Tensor) -> torch.Tensor:
-    """Rotate fp32 heads [rows, n, d] in pair order by complex64 [rows, 1, d / 2]; returns [rows, n, d]."""
+def rotate_(heads: torch.Tensor, rotations: torch.Tensor) -> None:
+    """Rotate fp32 heads [rows, n, d] in pair order, in place, by complex64 [rows, 1, d / 2]."""
     rows, count, width = heads.shape
     pairs = torch.view_as_complex(heads.view(rows, count, width // 2, 2))
-    step = SERIAL_ELEMENTS // (count * width // 2)
+    step = max(1, SERIAL_ELEMENTS // (count * width // 2))
     if rows <= step or torch.get_num_threads() == 1:
-        return torch.view_as_real(pairs * rotations).view(rows, count, width)
-    out = torch.empty(pairs.shape, dtype=pairs.dtype, device=pairs.device)
-    for first in range(0, rows, max(step, 1)):
-        part = slice(first, first + max(step, 1))
-        torch.mul(pairs[part], rotations[part], out=out[part])
-    return torch.view_as_real(out).view(rows, count, width)
+        pairs.mul_(rotations)
+        return
+    for first in range(0, rows, step):
+        pairs[first : first + step].mul_(rotations[first : first + step])

@@ -159,7 +159,7 @@ class Span:
         return Scratch(
             rows,
             config.num_heads * config.head_dim,
-            keys * config.num_kv_heads * config.head_dim,
+            2 * keys * config.num_kv_heads * config.head_dim,
             self.dtype,
             self.device,
         )

@@ -15,7 +15,7 @@ from typing import Any, Final
 import torch
 
 from ..head import dequantize_q8
-from ..linear import Linear, tensor_bytes
+from ..linear import Linear, PlainLinear, is_small, tensor_bytes
 
 LEVELS: Final = 127
 _ZERO: Final = 128
@@ -41,8 +41,8 @@ class Int8Linear:
         self._multiply = operators.qlinear_pointwise.default
         self._step = torch.tensor(1 / LEVELS)
         self._smallest = torch.tensor(torch.finfo(torch.float32).tiny)
-        self._low_inverse, self._low = torch.tensor(1 / _LOW), torch.tensor(_LOW)
-        self._offset = torch.tensor(float(_ZERO))
+        self._high_offset, self._low_offset = torch.tensor(_ZERO + 0.5), torch.tensor(1.5)
+        self._low_steps, self._low = torch.tensor(1 / _LOW), torch.tensor(_LOW)
         self._size_bytes = self._out_features * in_features + tensor_bytes(self._scales, self._bias)
 
     @classmethod
@@ -62,16 +62,17 @@ class Int8Linear:
         if rows.shape[0] > _MAX_ROWS:
             return torch.cat([self(part) for part in torch.split(rows, _MAX_ROWS)])
         count = rows.shape[0]
-        scale = torch.linalg.vector_norm(rows, float("inf"), dim=-1, keepdim=True)  # [rows, 1]
-        torch.maximum(scale.mul_(self._step), self._smallest, out=scale)
-        digits = torch.empty(2 * count, rows.shape[1], dtype=torch.uint8)
-        scaled = rows / scale
-        high = scaled.round()
-        scaled.sub_(high).mul_(self._low_inverse).round_()
-        digits[:count].copy_(high.add_(self._offset))
-        digits[count:].copy_(scaled.add_(self._offset))
+        scale = torch.linalg.vector_norm(rows, float("inf"), dim=-1, keepdim=True).mul_(self._step)  # [rows, 1]
+        scaled = rows / torch.maximum(scale, self._smallest, out=scale)
+        # Positive values turn into integers by cutting off, so adding a half first rounds them.
+        scaled.add_(self._high_offset)  # high digit + 128.5
+        digits = torch.empty(2, *rows.shape, dtype=torch.uint8)
+        high, low = digits.unbind(0)
+        high.copy_(scaled)
+        scaled.sub_(high).mul_(self._low_steps).add_(self._low_offset)  # low digit + 128.5, from a rest in [0, 1)
+        low.copy_(scaled)
         products: torch.Tensor = self._multiply(
-            digits,
+            digits.view(2 * count, -1),
             1.0,
             _ZERO,
             self._weight,
@@ -113,6 +114,8 @@ class PortableInt8Linear:
 
 def make_int8(weight: torch.Tensor, bias: torch.Tensor | None, device: torch.device) -> Linear:
     """Quantize a float weight [out, in]."""
+    if device.type == "cpu" and is_small(weight):
+        return PlainLinear(dequantized(weight), bias, torch.float32)
     values, scales = _quantize_rows(weight.float())
     return _from_rows(values.to(device), scales.to(device), None if bias is None else bias.to(device))
 

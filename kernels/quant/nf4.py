@@ -17,7 +17,7 @@ from typing import Any, Final
 import torch
 
 from ...protocol.errors import ConfigError
-from ..linear import Linear, tensor_bytes
+from ..linear import Linear, PlainLinear, is_small, tensor_bytes
 from .int8 import make_int8
 
 BLOCK: Final = 64
@@ -77,7 +77,19 @@ def make_nf4(weight: torch.Tensor, bias: torch.Tensor | None, device: torch.devi
     if weight.shape[1] % BLOCK:
         _log.info("a weight with rows of %d values is held in int8: nf4 needs a multiple of %d", weight.shape[1], BLOCK)
         return make_int8(weight, bias, device)
+    if device.type == "cpu" and is_small(weight):
+        return PlainLinear(dequantized(weight), bias, torch.float32)
     return NF4Linear(weight, bias, device)
+
+
+def dequantized(weight: torch.Tensor) -> torch.Tensor:
+    """What NF4 makes of a weight, in fp32."""
+    functions = load_bitsandbytes().functional
+    packed, state = functions.quantize_4bit(
+        weight.float().contiguous(), blocksize=BLOCK, quant_type="nf4", compress_statistics=False
+    )
+    values: torch.Tensor = functions.dequantize_4bit(packed, state)
+    return values
 
 
 def load_bitsandbytes() -> Any:

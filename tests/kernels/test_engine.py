@@ -11,6 +11,7 @@ from swarmnode.kernels import span as span_module
 from swarmnode.kernels.attention import attend, attend_fused, plan_queries
 from swarmnode.kernels.engine import default_quant, load_embedding, load_head, load_span, span_bytes
 from swarmnode.kernels.kvcache import KVPool
+from swarmnode.kernels.linear import PlainLinear
 from swarmnode.kernels.models.config import RopeConfig
 from swarmnode.kernels.norms import RMSNorm
 from swarmnode.kernels.quant.int8 import Int8Linear, PortableInt8Linear, dequantized, make_int8
@@ -110,7 +111,7 @@ def test_default_quantization():
 
 @pytest.mark.parametrize("quant", ["none", "int8", "nf4"])
 def test_estimated_size_is_the_real_one(quant):
-    config = make_config(hidden_size=256, intermediate_size=512)
+    config = make_config(hidden_size=512, intermediate_size=512, head_dim=128)
     span = load_span(RandomCheckpoint(config), 0, 2, dtype=torch.bfloat16, quant=quant)
     assert span.size_bytes == pytest.approx(span_bytes(config, 2, torch.bfloat16, quant), rel=0.25)
 
@@ -186,7 +187,7 @@ def test_head_checks_its_rows():
 @pytest.mark.parametrize("outlier", [1.0, 1000.0])
 def test_int8_activations_keep_15_bits(outlier):
     rng = torch.Generator().manual_seed(4)
-    weight, rows = torch.randn(96, 128, generator=rng), torch.randn(8, 128, generator=rng)
+    weight, rows = torch.randn(300, 256, generator=rng), torch.randn(8, 256, generator=rng)
     rows[:, 3] *= outlier
     expected = rows @ dequantized(weight).T
     linear = make_int8(weight, None, CPU)
@@ -196,11 +197,20 @@ def test_int8_activations_keep_15_bits(outlier):
 
 
 def test_int8_of_zeros_and_of_many_rows():
-    linear = make_int8(torch.zeros(8, 64), torch.ones(8), CPU)
-    assert torch.equal(linear(torch.zeros(4, 64)), torch.ones(4, 8))
-    weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(1))
+    linear = make_int8(torch.zeros(1024, 64), torch.ones(1024), CPU)
+    assert torch.equal(linear(torch.zeros(4, 64)), torch.ones(4, 1024))
+    weight = torch.randn(1024, 64, generator=torch.Generator().manual_seed(1))
     linear, rows = make_int8(weight, None, CPU), torch.ones(4100, 64)
     assert torch.equal(linear(rows)[-4:], linear(rows[:4]))
+
+
+@pytest.mark.parametrize("make", [make_int8, make_nf4])
+def test_small_weights_are_rounded_but_plain(make):
+    weight, rows = torch.randn(96, 128, generator=torch.Generator().manual_seed(4)), torch.eye(128)
+    small = make(weight, None, CPU)
+    assert isinstance(small, PlainLinear)
+    big = make(weight.repeat(8, 1), None, CPU)
+    assert relative_error(small(rows), big(rows)[:, :96]) < 5e-3
 
 
 def test_portable_int8_is_the_same_weight():

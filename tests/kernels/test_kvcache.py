@@ -33,7 +33,7 @@ def fill(lane, count):
 
 
 def held(pool, lane):
-    slabs = sum(block.keys.numel() + block.values.numel() for block in lane.blocks) * 2
+    slabs = sum(block.slab.numel() for block in lane.blocks) * 2
     assert lane.held_bytes == slabs
     return slabs
 
@@ -150,25 +150,25 @@ def test_truncation_zeroes_what_it_forgets():
     lane = make_pool().open_lane()
     fill(lane, 100)
     for block in lane.blocks:
-        block.keys.fill_(7)
-        block.values.fill_(float("nan"))
+        block.slab[0].fill_(7)
+        block.slab[1].fill_(float("nan"))
     lane.truncate(90)
     for block in lane.blocks:
-        assert block.values[:, 90:100].eq(0).all()
-        assert block.keys[:, :90].eq(7).all()
+        assert block.slab[:, :, 90:100].eq(0).all()
+        assert block.slab[0, :, :90].eq(7).all()
 
 
 def test_forks_share_nothing():
     pool = make_pool()
     lane = pool.open_lane()
     fill(lane, 70)
-    lane.blocks[1].keys.fill_(3)
+    lane.blocks[1].slab.fill_(3)
     other = lane.fork()
     assert (other.length, other.held_bytes) == (70, lane.held_bytes)
-    other.blocks[1].keys.fill_(4)
-    assert lane.blocks[1].keys.eq(3).all()
+    other.blocks[1].slab.fill_(4)
+    assert lane.blocks[1].slab.eq(3).all()
     lane.free()
-    assert other.blocks[1].keys.eq(4).all()
+    assert other.blocks[1].slab.eq(4).all()
 
 
 def test_lanes_of_part_of_a_span():
