@@ -12,6 +12,7 @@ descriptors too.
 """
 
 import asyncio
+import functools
 import gc
 import inspect
 import os
@@ -57,6 +58,10 @@ def pytest_collection_modifyitems(items):
         if inspect.iscoroutinefunction(getattr(item, "obj", None)):
             # first in, last out: after the fixtures that own hosts have ended
             item.fixturenames.insert(0, "no_leaked_tasks")
+        if "leakproof" in getattr(item, "fixturenames", ()):
+            # around the event loop too, whose descriptors come and go with it
+            item.fixturenames.remove("leakproof")
+            item.fixturenames.insert(0, "leakproof")
 
 
 @pytest.fixture
@@ -75,12 +80,22 @@ async def no_leaked_tasks():
 @pytest.fixture
 def leakproof():
     """Fails a test that leaves threads or file descriptors behind."""
+    _warm_up()
     threads, files = set(threading.enumerate()), _open_files()
     yield
     gc.collect()
     left = [thread.name for thread in threading.enumerate() if thread not in threads]
     assert not left, f"threads left running: {left}"
     assert _open_files() <= files, "file descriptors left open"
+
+
+@functools.cache
+def _warm_up():
+    """uvloop keeps two descriptors from its first loop on."""
+    for factory in _uvloop().values():
+        loop = factory()
+        loop.run_until_complete(asyncio.sleep(0))
+        loop.close()
 
 
 def _open_files():

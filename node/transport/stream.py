@@ -102,19 +102,20 @@ class MuxedStream:
     def propose(self, protocol: str) -> None:
         """Speak `protocol` from now on without waiting for the peer's consent: it is known to speak it.
 
-        The proposal travels with the first bytes written, the answer is taken off before the first bytes
-        read; a peer that refuses after all makes reads raise StreamReset.
+        The proposal travels with what is written before the event loop's next turn, else alone; the answer is
+        taken off before the first bytes read. A peer that refuses after all makes reads raise StreamReset.
         """
         self.protocol = protocol
         self._dialer = Dialer([protocol])
         self._prefix = self._dialer.opening
+        asyncio.get_running_loop().call_soon(self._flush_proposal)
 
     async def agreed(self) -> bool:
         """Wait for the answer to propose(); False when the peer does not speak the protocol."""
         dialer = self._dialer
         if dialer is None:
             return True
-        await self._flush_proposal()
+        self._flush_proposal()
         while not dialer.done:
             if not self._mux.buffered:
                 self._raise_if_reset()
@@ -139,9 +140,11 @@ class MuxedStream:
         self.reset()
         raise StreamReset(f"{self.remote.short} does not speak {self.protocol} any more")
 
-    async def _flush_proposal(self) -> None:
-        if self._prefix:
-            await self.write()
+    def _flush_proposal(self) -> None:
+        if self._prefix and not self._wire.closed and self._mux.reset_by is None:
+            self._mux.send((self._prefix,))
+            self._prefix = b""
+            self._wire.pump()
 
     def unread(self, data: bytes) -> None:
         """Put bytes back in front: they followed the protocol negotiation."""
@@ -166,7 +169,7 @@ class MuxedStream:
         try:
             await waiter
         except asyncio.CancelledError:
-            if mux.queued == total:
+            if mux.queued == total and self._dialer is None:
                 mux.withdraw()
             elif mux.queued:
                 self.reset()
@@ -178,15 +181,14 @@ class MuxedStream:
     async def close_write(self) -> None:
         """End our direction after what was written."""
         if not self._wire.closed and self._mux.reset_by is None:
-            await self._flush_proposal()
+            self._flush_proposal()
             self._mux.finish()
             self._wire.pump()
 
     async def close(self) -> None:
         """End both directions gently."""
         if not self._wire.closed and self._mux.reset_by is None:
-            if not self._mux.fin_due:
-                await self._flush_proposal()
+            self._flush_proposal()
             self._mux.ignore_input()
             self._mux.finish()
             self._wire.linger(self._mux)
