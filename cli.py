@@ -37,14 +37,17 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def run(args: Sequence[str] | None = None) -> int:
     """Run one command; its exit code. Errors a user can meet end as one line on stderr."""
+    words = list(sys.argv[1:] if args is None else args)
     try:
-        code = swarmnode.main(args, prog_name="swarmnode", standalone_mode=False)
+        code = swarmnode.main(words, prog_name="swarmnode", standalone_mode=False, obj=words)
     except click.UsageError as exc:
         return _fail(_usage(exc), USAGE)
     except click.ClickException as exc:
         return _fail(exc.format_message(), exc.exit_code)
     except SwarmError as exc:
         return _fail(str(exc), exc.exit_code)
+    except BaseExceptionGroup as exc:
+        return _first_of(exc)
     except (KeyboardInterrupt, click.Abort):
         return INTERRUPTED
     except BrokenPipeError:
@@ -53,6 +56,17 @@ def run(args: Sequence[str] | None = None) -> int:
     except OSError as exc:
         return _fail(f"{exc.strerror or exc}{f': {exc.filename}' if exc.filename else ''}", 1)
     return code if isinstance(code, int) else 0
+
+
+def _first_of(group: BaseExceptionGroup[BaseException]) -> int:
+    """The first error of a group that a user can meet; a group of anything else is a bug and goes on."""
+    known = group.subgroup(SwarmError)
+    if known is None:
+        raise group
+    leaf: BaseException = known
+    while isinstance(leaf, BaseExceptionGroup):
+        leaf = leaf.exceptions[0]
+    return _fail(str(leaf), leaf.exit_code if isinstance(leaf, SwarmError) else 1)
 
 
 def _fail(message: str, code: int) -> int:
@@ -117,13 +131,12 @@ _sampling = _options(
 @click.pass_context
 def swarmnode(ctx: click.Context, /, config: Path | None, quiet: bool, verbose: int) -> None:
     """Run large language models together, peer to peer."""
-    ctx.obj = quiet
     if verbose:
         import logging
 
         level = logging.DEBUG if verbose > 1 else logging.INFO
         logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    if "--help" not in sys.argv[1:] and "-h" not in sys.argv[1:]:
+    if not {"-h", "--help"} & set(ctx.obj):  # help must work with a broken settings file, and cost nothing
         ctx.default_map = _settings(config)
 
 
@@ -141,13 +154,21 @@ def _settings(path: Path | None) -> dict[str, Any]:
 
 def _settable(command: click.Command) -> set[str]:
     """Names a settings file may give a command: all but what only makes sense for one call."""
-    return {param.name for param in command.params if param.name} - {"as_json", "prompt", "address", "stats"}
+    return {param.name for param in command.params if param.name} - {
+        "as_json",
+        "prompt",
+        "address",
+        "stats",
+        "raw",
+        "count",
+        "tokens",
+    }
 
 
 def _console(ctx: click.Context, /, as_json: bool) -> Console:
     from .node.console import Console
 
-    return Console(as_json=as_json, quiet=bool(ctx.find_root().obj))
+    return Console(as_json=as_json, quiet=bool(ctx.find_root().params["quiet"]))
 
 
 def _config(peer: Sequence[str], swarm: str, **settings: Any) -> NodeConfig:
@@ -285,16 +306,17 @@ def _generating(how: dict[str, Any]) -> Generating:
 @_swarm
 @_sampling
 @click.option("--system", default=None, metavar="TEXT", help="Instruction before the conversation.")
+@click.option("--raw", is_flag=True, help="No chat template: lines as they are, for base models.")
 @_json
 @click.pass_context
 def chat(
-    ctx: click.Context, /, peer: tuple[str, ...], swarm: str, system: str | None, as_json: bool, **how: Any
+    ctx: click.Context, /, peer: tuple[str, ...], swarm: str, system: str | None, raw: bool, as_json: bool, **how: Any
 ) -> int:
     """Talk to a model: a line in, an answer out, until an empty line or Ctrl-D."""
     generating, config = _generating(how), _config(peer, swarm)
     from .node import commands
 
-    return commands.run(commands.chat(config, generating, system, _console(ctx, as_json)))
+    return commands.run(commands.chat(config, generating, system, _console(ctx, as_json), raw=raw))
 
 
 @swarmnode.command()
@@ -366,3 +388,7 @@ def identity(ctx: click.Context, /, identity: Path | None, as_json: bool) -> int
     from .node import reports
 
     return reports.identity(_config((), "main", identity=identity), _console(ctx, as_json))
+
+
+if __name__ == "__main__":
+    main()

@@ -11,10 +11,10 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Coroutine, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import AsyncIterator, Coroutine
+from dataclasses import asdict, dataclass, replace
 from types import FrameType
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Self
 
 from ..protocol.errors import ConfigError
 from ..protocol.sampling import SamplingParams
@@ -76,16 +76,19 @@ class Serving:
 async def join(config: NodeConfig, serving: Serving, console: Console) -> int:
     """Serve until interrupted: the first signal drains and leaves, the second quits at once."""
     _warn_once(config, console)
-    stop = asyncio.Event()
-    with _signals(stop, console):
+    with _Interrupt(console) as interrupt:
         async with Node(config) as node:
             served = None
             if not serving.nothing:
-                served = await _unless_stopped(_serve(node, serving, console), stop)
-                if served is None:
-                    return 130
+                try:
+                    async with interrupt.stops():
+                        served = await _serve(node, serving, console)
+                except TimeoutError:
+                    if interrupt.caught.is_set():
+                        return 130
+                    raise
             _say_ready(node, served, console)
-            await stop.wait()
+            await interrupt.caught.wait()
             await node.drain()
     return 0
 
@@ -120,19 +123,6 @@ async def _only_model(node: Node) -> str:
     return listed[0].name if listed else BUILTIN_MODEL
 
 
-async def _unless_stopped(work: Coroutine[object, object, ServedSpan], stop: asyncio.Event) -> ServedSpan | None:
-    """The result of `work`, or None when a signal came first."""
-    async with asyncio.TaskGroup() as group:
-        waiter = group.create_task(stop.wait())
-        worker = group.create_task(work)
-        await asyncio.wait((waiter, worker), return_when=asyncio.FIRST_COMPLETED)
-        waiter.cancel()
-        if not worker.done():
-            worker.cancel()
-            return None
-    return worker.result()
-
-
 def _say_ready(node: Node, served: ServedSpan | None, console: Console) -> None:
     addrs = sorted(node.addrs, key=lambda addr: (addr.is_loopback, addr.value("ip4") is None))
     ready = str(addrs[0]) if addrs else ""
@@ -149,27 +139,42 @@ def _say_ready(node: Node, served: ServedSpan | None, console: Console) -> None:
     console.note(f"serving {what}{name}; Ctrl-C leaves")
 
 
-@contextlib.contextmanager
-def _signals(stop: asyncio.Event, console: Console) -> Iterator[None]:
-    """First SIGINT or SIGTERM: set `stop`. Second: quit at once with 130."""
-    loop = asyncio.get_running_loop()
+class _Interrupt:
+    """SIGINT and SIGTERM while `with` lasts: the first sets `caught`, the second quits at once with 130."""
 
-    def caught() -> None:
-        if stop.is_set():
-            os._exit(130)
-        console.note("leaving the swarm; sessions move to other servers (Ctrl-C again quits at once)")
-        stop.set()
+    def __init__(self, console: Console) -> None:
+        self.caught = asyncio.Event()
+        self._console = console
+        self._loop = asyncio.get_running_loop()
+        self._scope: asyncio.Timeout | None = None
 
-    def from_handler(number: int, frame: FrameType | None) -> None:
-        loop.call_soon_threadsafe(caught)
+    def __enter__(self) -> Self:
+        self._before = [(number, signal.signal(number, self._handle)) for number in (signal.SIGINT, signal.SIGTERM)]
+        return self
 
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, from_handler) for number in numbers]
-    try:
-        yield
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._before:
             signal.signal(number, handler)
+
+    @contextlib.asynccontextmanager
+    async def stops(self) -> AsyncIterator[None]:
+        """A block that the first signal ends with TimeoutError."""
+        async with asyncio.timeout(0 if self.caught.is_set() else None) as self._scope:
+            try:
+                yield
+            finally:
+                self._scope = None
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.caught.is_set():
+            os._exit(130)
+        self._loop.call_soon_threadsafe(self._first)
+
+    def _first(self) -> None:
+        self._console.note("leaving the swarm; sessions move to other servers (Ctrl-C again quits at once)")
+        self.caught.set()
+        if self._scope is not None:
+            self._scope.reschedule(self._loop.time())
 
 
 # generate and chat
@@ -206,7 +211,8 @@ async def generate(config: NodeConfig, prompt: str, how: Generating, console: Co
 async def _model_for(config: NodeConfig, name: str | None, console: Console) -> AsyncIterator[RemoteModel]:
     """A model of the swarm, or, without a swarm, of a node of our own that runs all of it."""
     found = entrance(config, console)
-    async with Node(found.config) as node:
+    config = replace(found.config, dht_server=found.alone)  # alone, it is the one who keeps its own records
+    async with Node(config) as node:
         if found.alone:
             console.note(f"no swarm found (no --peer, no node on this machine): running {name or BUILTIN_MODEL} alone")
             serving = Serving(model=name, span=None, nothing=False, quant=None, dtype="bf16", device="cpu")
@@ -255,15 +261,18 @@ def _say_stats(stats: GenerationStats, console: Console) -> None:
         console.note(f"repairs      {stats.repairs}: servers failed and were replaced")
 
 
-async def chat(config: NodeConfig, how: Generating, system: str | None, console: Console) -> int:
-    """Talk: a line in, an answer out, until end of file. The whole conversation is the prompt."""
+async def chat(config: NodeConfig, how: Generating, system: str | None, console: Console, *, raw: bool = False) -> int:
+    """Talk: a line in, an answer out, until end of file. The whole conversation is the prompt.
+
+    With `raw` it is given as it stands, line after line, to a model without a chat template.
+    """
     messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
     async with _model_for(config, how.model, console) as model:
         console.note(f"talking to {model.name}; an empty line or Ctrl-D ends")
         while (line := await asyncio.to_thread(_read_line, console)) != "":
             messages.append({"role": "user", "content": line})
             pieces = model.generate(
-                model.render_chat(messages),
+                _as_lines(messages) if raw else model.render_chat(messages),
                 max_new_tokens=how.max_new_tokens,
                 sampling=how.sampling,
                 stop=how.stop,
@@ -277,6 +286,10 @@ async def chat(config: NodeConfig, how: Generating, system: str | None, console:
             elif how.stats and model.last_stats is not None:
                 _say_stats(model.last_stats, console)
     return 0
+
+
+def _as_lines(messages: list[dict[str, str]]) -> str:
+    return "".join(message["content"].rstrip("\n") + "\n" for message in messages)
 
 
 def _read_line(console: Console) -> str:
