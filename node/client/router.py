@@ -86,9 +86,9 @@ class Router:
         return sorted(found.values(), key=lambda model: (-model.servers, model.name, model.digest))[:MAX_MODELS]
 
     async def view(self, name: str, digest: bytes, num_blocks: int, *, fresh: bool = False) -> SwarmView:
-        """Who serves this model now; from memory if young enough, from the DHT otherwise."""
+        """Who serves this model now; from memory if young enough and without gaps, from the DHT otherwise."""
         known = self._views.get(digest)
-        if not fresh and known is not None and self._clock.now() - known[0] < VIEW_S:
+        if not fresh and known is not None and self._clock.now() - known[0] < VIEW_S and not known[1].missing():
             return known[1]
         groups = groups_of_span(0, num_blocks)
         keys = [blocks_key(self._swarm, digest, group) for group in groups]
