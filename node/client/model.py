@@ -12,7 +12,7 @@ from ...kernels.chat import ChatTemplate
 from ...kernels.models.config import ModelConfig
 from ...kernels.tokenizer import Tokenizer
 from ...protocol.chain import ChainSpec
-from ...protocol.errors import ConfigError, SwarmError, UnsupportedModel
+from ...protocol.errors import ConfigError, NoRoute, Refused, SwarmError, UnsupportedModel
 from ...protocol.ids import PeerId
 from ...protocol.messages import MAX_LANES, MAX_POSITION, MAX_ROWS, Output
 from ...protocol.sampling import SamplingParams
@@ -254,8 +254,8 @@ class RemoteModel:
         whole = span or (0, self.config.num_blocks)
         request = self._request(tokens=lanes, remote_ends=remote_ends, kv_tokens=lanes * max_length, span=whole)
         problems: list[SwarmError] = []
-        for attempt in range(OPEN_ATTEMPTS):
-            plan = await self._context.router.plan(await self.view(fresh=attempt > 0), request)
+        for _ in range(OPEN_ATTEMPTS):
+            plan = await self._plan(request, problems)
             codec = self._codec(wire, plan.peers)
             spec = ChainSpec(
                 session=new_session_id(),
@@ -278,6 +278,14 @@ class RemoteModel:
                 return chain, codec
             request = replace(request, deny=request.deny | chain.refusing)
         raise problems[0]
+
+    async def _plan(self, request: PlanRequest, problems: Sequence[SwarmError]) -> Plan:
+        """A chain, given what went wrong with the one before. That servers declined says more than that none is left."""
+        try:
+            return await self._context.router.plan(await self.view(fresh=bool(problems)), request)
+        except NoRoute as exc:
+            declined = next((problem for problem in problems if isinstance(problem, Refused)), exc)
+            raise declined from exc
 
     async def _view(self, fresh: bool) -> SwarmView:
         return await self.view(fresh=fresh)
