@@ -64,8 +64,7 @@ class Basics:
         """Our addresses as peers see them, most often reported first."""
         return tuple(address for address, _ in Counter(self._observed.values()).most_common())
 
-    # -- identify
-    # -----------------------------------------------------------------------------------------------
+    # -- identify --
 
     def _message(self, observed: Multiaddr | None) -> bytes:
         host = self._host
@@ -109,8 +108,7 @@ class Basics:
         for callback in tuple(self.listeners):
             callback(peer)
 
-    # -- push
-    # ---------------------------------------------------------------------------------------------------
+    # -- push --
 
     def changed(self) -> None:
         """Our protocols or addresses changed: tell everybody connected, once things have settled."""
@@ -150,8 +148,7 @@ class Basics:
             message = await _read_message(stream)
         self._learn(stream.remote, message)
 
-    # -- ping
-    # ---------------------------------------------------------------------------------------------------
+    # -- ping --
 
     async def _answer_ping(self, stream: Stream) -> None:
         stream.set_priority(Priority.CONTROL)

@@ -88,8 +88,7 @@ class Connection:
             raise LocalProtocolError("the peer is not known before the handshake is over")
         return key.peer_id
 
-    # -- receiving
-    # ----------------------------------------------------------------------------------------------
+    # -- receiving --
 
     def get_buffer(self) -> memoryview:
         """Where to receive the next bytes; never empty."""
@@ -173,8 +172,7 @@ class Connection:
         self.phase = Phase.OPEN
         return self._negotiation.leftover
 
-    # -- sending
-    # ------------------------------------------------------------------------------------------------
+    # -- sending --
 
     def pull(self) -> bytes | bytearray | None:
         """The next bytes for the link: handshake output, or one freshly encrypted Noise message; None:

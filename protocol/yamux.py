@@ -109,8 +109,7 @@ class Session:
         self._target: MuxStream | None = None
         self._end_flags = 0
 
-    # -- for the owner
-    # ------------------------------------------------------------------------------------------
+    # -- for the owner --
 
     def __len__(self) -> int:
         return len(self._streams)
@@ -163,8 +162,7 @@ class Session:
                     return used
         return used
 
-    # -- for streams
-    # --------------------------------------------------------------------------------------------
+    # -- for streams --
 
     def schedule(self, stream: MuxStream) -> None:
         """The stream may have become ready to send."""
@@ -178,8 +176,7 @@ class Session:
             stream.announce_due = True
             self._windows.append(stream)
 
-    # -- sending
-    # ------------------------------------------------------------------------------------------------
+    # -- sending --
 
     def _fill_control(self, out: memoryview) -> int:
         used = 0
@@ -238,8 +235,7 @@ class Session:
             raise RemoteProtocolError(f"the peer does not read the {MAX_CONTROL} replies it provoked")
         self._control.append(frame)
 
-    # -- receiving
-    # ----------------------------------------------------------------------------------------------
+    # -- receiving --
 
     def receive(self, data: bytes) -> list[Event]:
         """Take plaintext bytes, however split, and return what happened. Raises RemoteProtocolError."""
@@ -344,8 +340,7 @@ class Session:
         self._add(stream)
         events.append(Opened(stream))
 
-    # -- the table
-    # ----------------------------------------------------------------------------------------------
+    # -- the table --
 
     def _add(self, stream: MuxStream) -> None:
         self._streams[stream.id] = stream

@@ -97,8 +97,7 @@ class MuxStream:
         self.reset_by: str | None = None
         """Why the stream was torn down, or None."""
 
-    # -- receiving
-    # ----------------------------------------------------------------------------------------------
+    # -- receiving --
 
     @property
     def at_eof(self) -> bool:
@@ -187,8 +186,7 @@ class MuxStream:
         self._epoch = now
         return fast
 
-    # -- sending
-    # ------------------------------------------------------------------------------------------------
+    # -- sending --
 
     def send(self, parts: tuple[Part, ...]) -> None:
         """Queue bytes. The buffers belong to the stream until `queued` is back to where it was."""

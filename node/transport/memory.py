@@ -192,8 +192,7 @@ class _Link(asyncio.Transport):
         if self._protocol is not None and not self._over:
             self._protocol.connection_made(self)
 
-    # -- asyncio.Transport
-    # --------------------------------------------------------------------------------------
+    # -- asyncio.Transport --
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
         """Nothing is known about a link in memory."""
@@ -235,8 +234,7 @@ class _Link(asyncio.Transport):
             self._end(None)
             self._loop.call_later(self._delay(), self.peer.broken)
 
-    # -- the link
-    # -----------------------------------------------------------------------------------------------
+    # -- the link --
 
     def _delay(self) -> float:
         return self._network.delay(self.owner, self.peer.owner)

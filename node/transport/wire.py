@@ -100,8 +100,7 @@ class Wire(asyncio.BufferedProtocol):
         who = self.remote.short if self._connection.is_open else "?"
         return f"<wire {'to' if self.outbound else 'from'} {who} {self.address}>"
 
-    # -- state
-    # --------------------------------------------------------------------------------------------------
+    # -- state --
 
     @property
     def remote(self) -> PeerId:
@@ -134,8 +133,7 @@ class Wire(asyncio.BufferedProtocol):
         if self.error is not None:
             raise ConnectionClosed(*self.error.args)
 
-    # -- asyncio.BufferedProtocol
-    # -------------------------------------------------------------------------------
+    # -- asyncio.BufferedProtocol --
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """The link is up: start the handshake."""
@@ -196,8 +194,7 @@ class Wire(asyncio.BufferedProtocol):
         if not self._lost.done():
             self._lost.set_result(None)
 
-    # -- sending
-    # ------------------------------------------------------------------------------------------------
+    # -- sending --
 
     def pump(self) -> None:
         """Send what is ready while the link takes it. Called after anything that may have made output."""
@@ -217,8 +214,7 @@ class Wire(asyncio.BufferedProtocol):
                 _wake(self.writers.pop(mux.id, None))
             drained.clear()
 
-    # -- streams
-    # ------------------------------------------------------------------------------------------------
+    # -- streams --
 
     async def open(self) -> MuxedStream:
         """A new stream, not negotiated yet; waits while too many are unacknowledged.
@@ -265,8 +261,7 @@ class Wire(asyncio.BufferedProtocol):
         for waiter in tuple(self._openers)[:room] if self._openers else ():
             _wake(waiter)
 
-    # -- events
-    # -------------------------------------------------------------------------------------------------
+    # -- events --
 
     def _dispatch(self, event: Event) -> None:
         if isinstance(event, Readable):
@@ -330,8 +325,7 @@ class Wire(asyncio.BufferedProtocol):
         self.rtt_s = sample_s if old is None else old + _RTT_WEIGHT * (sample_s - old)
         self._session.rtt_s = self.rtt_s
 
-    # -- the end
-    # ------------------------------------------------------------------------------------------------
+    # -- the end --
 
     def _break(self, exc: RemoteProtocolError) -> None:
         """The peer broke the protocol: tell it, and hang up."""

@@ -1,0 +1,145 @@
+"""Getting connected to a peer: one dial however many callers, every known address, one clear error.
+
+The race between addresses is in dial.py; here is what surrounds it: sharing, deadlines, names, causes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from functools import partial
+from typing import Final
+
+from ..protocol.errors import PeerUnreachable
+from ..protocol.ids import PeerId
+from ..protocol.multiaddr import Multiaddr
+from .dial import DialFailed, Race, order
+from .peerbook import PeerBook
+from .tasks import Supervisor
+from .transport.base import Transport
+from .transport.wire import Wire
+from .wires import Wires
+
+MAX_DIALS: Final = 256
+"""Peers being dialed at once."""
+
+_Causes = list[tuple[Multiaddr, str]]
+
+
+class Dialer:
+    """Makes connections for one host."""
+
+    def __init__(self, wires: Wires, book: PeerBook, tasks: Supervisor, transports: Sequence[Transport]) -> None:
+        self._wires = wires
+        self._book = book
+        self._tasks = tasks
+        self._transports = transports
+        self._dials: dict[PeerId, asyncio.Future[PeerId]] = {}
+
+    async def connect(self, peer: PeerId, addrs: Sequence[Multiaddr], timeout_s: float) -> PeerId:
+        """Join the dial of this peer that is under way, or start it. Raises PeerUnreachable.
+
+        Safe to cancel: the dial goes on for the others who wait for it.
+        """
+        pending = self._dials.get(peer)
+        if pending is None:  # the dial has this deadline itself, and says more when it passes
+            return await asyncio.shield(self._start(peer, addrs, timeout_s))
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await asyncio.shield(pending)
+        except TimeoutError:
+            raise PeerUnreachable(f"cannot reach {peer}: no answer within {timeout_s:g} s") from None
+
+    def _start(self, peer: PeerId, addrs: Sequence[Multiaddr], timeout_s: float) -> asyncio.Future[PeerId]:
+        if len(self._dials) >= MAX_DIALS:
+            raise PeerUnreachable(f"cannot reach {peer}: {MAX_DIALS} other peers are being dialed; try again")
+        result: asyncio.Future[PeerId] = asyncio.get_running_loop().create_future()
+        # when every waiter is gone nobody retrieves the exception, and that is fine
+        result.add_done_callback(lambda done: done.cancelled() or done.exception())
+        task = self._tasks.start(self._background(peer, addrs, timeout_s, result), f"dial {peer.short}")
+        task.add_done_callback(lambda _: result.done() or result.cancel())
+        self._dials[peer] = result
+        return result
+
+    async def _background(
+        self, peer: PeerId, addrs: Sequence[Multiaddr], timeout_s: float, result: asyncio.Future[PeerId]
+    ) -> None:
+        try:
+            found = await self.dial(peer, addrs, timeout_s)
+        except PeerUnreachable as exc:
+            if not result.done():
+                result.set_exception(exc)
+        else:
+            if not result.done():
+                result.set_result(found)
+        finally:
+            self._dials.pop(peer, None)
+
+    async def dial(self, peer: PeerId | None, addrs: Sequence[Multiaddr], timeout_s: float) -> PeerId:
+        """Dial now; with None as peer whoever is there will do. Raises PeerUnreachable."""
+        who = "the peer" if peer is None else str(peer)
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await self._dial(peer, addrs)
+        except TimeoutError:
+            tried = ", ".join(map(str, addrs)) or "its known addresses"
+            raise PeerUnreachable(
+                f"cannot reach {who}: no answer from {tried} within {timeout_s:g} s; "
+                "check the address, and that the node is running and not behind a firewall"
+            ) from None
+        except DialFailed as exc:
+            raise PeerUnreachable(f"cannot reach {who}: {exc}; check the address and that the node is running") from exc
+
+    async def _dial(self, peer: PeerId | None, addrs: Sequence[Multiaddr]) -> PeerId:
+        known = self._book.get(peer).addrs if peer is not None else ()
+        usable, causes = await self._usable(peer, tuple(dict.fromkeys((*addrs, *known))))
+        if not usable and not causes:
+            raise PeerUnreachable(f"cannot reach {peer or 'a peer'}: no address is known for it; pass one with --peer")
+        try:
+            wire = await Race(partial(self._attempt, peer, usable), _dispose).run(order(usable))
+        except DialFailed as exc:
+            raise DialFailed([*exc.causes, *causes]) from exc
+        self._book.add(wire.remote, [wire.address])
+        return wire.remote
+
+    async def _usable(
+        self, peer: PeerId | None, addrs: Sequence[Multiaddr]
+    ) -> tuple[dict[Multiaddr, Transport], _Causes]:
+        """Real addresses with the transport for each, and why the others are none."""
+        usable: dict[Multiaddr, Transport] = {}
+        causes: _Causes = []
+        for address in addrs:
+            transport = next((t for t in self._transports if t.can_dial(address)), None)
+            if transport is None:
+                causes.append((address, "no transport for this kind of address"))
+            elif peer is not None and address.peer_id not in (None, peer):
+                causes.append((address, "names another peer"))
+            else:
+                try:
+                    found = await transport.resolve(address.without_peer())
+                except OSError as exc:
+                    causes.append((address, exc.strerror or str(exc)))
+                    continue
+                usable.update(dict.fromkeys(found, transport))
+        return usable, causes
+
+    async def _attempt(self, peer: PeerId | None, transports: dict[Multiaddr, Transport], address: Multiaddr) -> Wire:
+        """Dial one address and finish the handshake. Raises OSError or SwarmError."""
+        made: list[Wire] = []
+
+        def factory(where: Multiaddr) -> Wire:
+            made.append(self._wires.dialing(where, peer))
+            return made[-1]
+
+        try:
+            await transports[address].dial(address, factory)
+            await self._wires.opened(made[0])
+        except BaseException:
+            for wire in made:
+                wire.abort("the dial was given up")
+            raise
+        return made[0]
+
+
+def _dispose(wire: Wire) -> None:
+    wire.abort("another address of the peer answered first")
