@@ -202,6 +202,7 @@ def _folder_set(name: str) -> bool:
 @_option("--quant", default=None, metavar="none|int8|nf4", help="How to hold weights. [default: what suits the memory]")
 @_option("--dtype", default="bf16", show_default=True, metavar="bf16|fp32", help="Type computed in.")
 @_option("--device", default="cpu", show_default=True, help="Torch device.")
+@_option("--threads", type=click.IntRange(1, 1024), default=None, metavar="N", help="Threads to compute with.")
 @_option("--identity", type=click.Path(path_type=Path), default=None, metavar="FILE", help="Key file, made if missing.")
 @_option("--public-name", default="", metavar="NAME", help="What others see beside your peer id.")
 @_json
@@ -217,6 +218,7 @@ def join(
     quant: str | None,
     dtype: str,
     device: str,
+    threads: int | None,
     identity: Path | None,
     public_name: str,
     as_json: bool,
@@ -233,7 +235,15 @@ def join(
     config = _config(peer, swarm, publish_runtime=True, **settings)
     from .node import commands
 
-    serving = commands.Serving(model=model, span=span, nothing=serve == "none", quant=quant, dtype=dtype, device=device)
+    serving = commands.Serving(
+        model=model,
+        span=span,
+        nothing=serve == "none",
+        quant=quant,
+        dtype=dtype,
+        device=device,
+        threads=threads,
+    )
     return commands.run(commands.join(config, serving, _console(ctx, as_json)))
 
 

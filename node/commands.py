@@ -71,10 +71,27 @@ class Serving:
     quant: str | None
     dtype: str
     device: str
+    threads: int | None = None
+    """Threads to compute with; None: all processors but one, which the rest of the machine keeps."""
+
+
+def use_threads(count: int | None) -> None:
+    """Settle how torch will compute, before it is loaded: this process is ours, so its environment is too.
+
+    Waiting threads sleep instead of spinning: on a busy machine spinning made decoding several times slower. What the
+    user's environment says already stays.
+    """
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if count is not None:
+        os.environ["OMP_NUM_THREADS"] = str(count)
+    else:
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, processors - 1)))
 
 
 async def join(config: NodeConfig, serving: Serving, console: Console) -> int:
     """Serve until interrupted: the first signal drains and leaves, the second quits at once."""
+    use_threads(serving.threads)
     _warn_once(config, console)
     with _Interrupt(console) as interrupt:
         async with Node(config) as node:
@@ -194,6 +211,7 @@ class Generating:
 
 async def generate(config: NodeConfig, prompt: str, how: Generating, console: Console) -> int:
     """Print what the model writes after a prompt, as it comes."""
+    use_threads(None)
     async with _model_for(config, how.model, console) as model:
         pieces = model.generate(
             prompt, max_new_tokens=how.max_new_tokens, sampling=how.sampling, stop=how.stop, wire=how.wire
@@ -266,6 +284,7 @@ async def chat(config: NodeConfig, how: Generating, system: str | None, console:
 
     With `raw` it is given as it stands, line after line, to a model without a chat template.
     """
+    use_threads(None)
     messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
     async with _model_for(config, how.model, console) as model:
         console.note(f"talking to {model.name}; an empty line or Ctrl-D ends")

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
@@ -134,8 +136,6 @@ class Node:
 
     def _identity(self) -> Identity:
         if self.config.identity is not None:
-            from pathlib import Path
-
             return Identity.at(Path(self.config.identity))
         return Identity.default(self.config.data_dir) if self.config.persistent else Identity.ephemeral()
 
@@ -214,40 +214,83 @@ class Node:
 
     # The client role.
 
-    async def model(self, name: str | None = None, *, local_ends: bool = True, dtype: str = "bf16") -> RemoteModel:
-        """A model to use: by local path or name, `name@digest`, or a name the swarm lists; None: the only one served.
+    async def model(
+        self, name: str | None = None, *, local_ends: bool | None = None, dtype: str = "bf16"
+    ) -> RemoteModel:
+        """A model to use: a local path, a name the swarm lists (`name@digest` to be exact), or a local name.
 
-        With `local_ends`, embedding and head run here if the files are here. Raises ModelNotFound, ConfigError.
+        None: the only model the swarm serves. Embedding and LM head run at servers that offer them, else here if the
+        model's files are here; `local_ends` says which. Raises ModelNotFound, ConfigError.
         """
         model = await self._find_model(name)
+        if local_ends is None and not _offers_ends(await self._view(model)):
+            with contextlib.suppress(ModelNotFound):  # then planning says which blocks nobody serves
+                model, local_ends = await self._with_files(model, name), True
+        elif local_ends:
+            model = await self._with_files(model, name)
+        local_ends = bool(local_ends)
         key = model.digest, local_ends, dtype
         if key not in self._remote:
             self._remote[key] = RemoteModel(self._context, model, local_ends=local_ends, dtype=dtype)
         return self._remote[key]
 
     async def _find_model(self, name: str | None) -> Model:
-        if name is None:
-            return await self._only_model()
-        try:
+        """By path, from the swarm's list, or from this machine: torch is loaded for files only."""
+        if name is not None and _is_path(name):
             return await self.models_here.open(name)
-        except ModelNotFound as local:
-            return await self._from_swarm(name, local)
-
-    async def _only_model(self) -> Model:
-        listed = await self.models()
-        if len(listed) > 1:
+        listed = await self._listed(name)
+        if len(listed) > 1 and name is None:
             names = ", ".join(f"{model.name}@{model.digest.hex()[:12]}" for model in listed)
             raise ConfigError(f"the swarm serves several models: choose one with --model: {names}")
-        return await self._find_model(listed[0].name if listed else BUILTIN_MODEL)
+        if len(listed) > 1 and name is not None:
+            return await self._among(listed, name)
+        if listed:
+            return await self._from_swarm(listed[0])
+        return await self._from_files(name or BUILTIN_MODEL)
 
-    async def _from_swarm(self, name: str, local: ModelNotFound) -> Model:
-        """A model the swarm lists, its manifest fetched from a server of it."""
-        wanted, _, digest = name.partition("@")
-        for listing in await self.models():
-            if wanted in (listing.name, listing.name.rpartition("/")[2]) and listing.digest.hex().startswith(digest):
-                view = await self._router.view(listing.name, listing.digest, listing.num_blocks)
-                return await self.models_here.fetch(listing.digest, self._router.servers(view))
-        raise ModelNotFound(f"{local}; and no node of the swarm {self.config.swarm!r} lists a model of that name")
+    async def _listed(self, name: str | None) -> list[SwarmModel]:
+        """Models of the swarm that go by this name."""
+        wanted, _, digest = (name or "").partition("@")
+        return [
+            model
+            for model in await self.models()
+            if name is None
+            or (wanted in (model.name, model.name.rpartition("/")[2]) and model.digest.hex().startswith(digest))
+        ]
+
+    async def _among(self, listed: Sequence[SwarmModel], name: str) -> Model:
+        """Several models go by one name: ours if we have its files, else the one most nodes serve."""
+        with contextlib.suppress(ModelNotFound):
+            ours = await self.models_here.open(name)
+            if any(model.digest == ours.digest for model in listed):
+                return ours
+        return await self._from_swarm(listed[0])
+
+    async def _from_swarm(self, listed: SwarmModel) -> Model:
+        """A model the swarm lists, its manifest known or fetched from a server of it."""
+        view = await self.view_of(listed)
+        return await self.models_here.fetch(listed.digest, self._router.servers(view))
+
+    async def _from_files(self, name: str) -> Model:
+        try:
+            return await self.models_here.open(name)
+        except ModelNotFound as exc:
+            if self.host.peers():
+                raise ModelNotFound(
+                    f"{exc}; nor does the swarm {self.config.swarm!r} list a model of that name"
+                ) from exc
+            raise
+
+    async def _with_files(self, model: Model, name: str | None) -> Model:
+        """The same model, its checkpoint opened on this machine."""
+        if model.checkpoint is not None:
+            return model
+        opened = await self.models_here.open((name or model.name).partition("@")[0])
+        if opened.digest != model.digest:
+            raise ConfigError(
+                f"the files of {opened.label} here are not the swarm's {model.label}: name one of the two"
+            )
+        return opened
 
     async def models(self) -> list[SwarmModel]:
         """Models the swarm serves, the most served first."""
@@ -258,6 +301,10 @@ class Node:
     async def view(self, name: str) -> SwarmView:
         """Who serves which blocks of a model."""
         return await self._view(await self._find_model(name))
+
+    async def view_of(self, listed: SwarmModel) -> SwarmView:
+        """Who serves which blocks of a listed model. Needs no files of it, and no torch."""
+        return await self._router.view(listed.name, listed.digest, listed.num_blocks, fresh=True)
 
     async def _view(self, model: Model) -> SwarmView:
         return await self._router.view(model.name, model.digest, model.config.num_blocks, fresh=True)
@@ -296,6 +343,17 @@ class Node:
             sessions=len(server.sessions) if server else 0,
             spans=tuple(_span_status(span, len(server.sessions)) for span in server.spans) if server else (),
         )
+
+
+def _is_path(name: str) -> bool:
+    """A file or folder of that name is here, and it is written like a path, not like owner/name."""
+    return (name.startswith((".", "~", os.sep)) or name.endswith(".gguf")) and Path(name).expanduser().exists()
+
+
+def _offers_ends(view: SwarmView) -> bool:
+    """Somebody embeds and somebody runs the head: a client needs only the tokenizer."""
+    announced = [server.announcement for server in view.servers]
+    return any(a.embed for a in announced) and any(a.head for a in announced)
 
 
 def _span_status(span: ServedSpan, sessions: int) -> SpanStatus:

@@ -29,7 +29,7 @@ async def status(config: NodeConfig, console: Console) -> int:
     local = running_nodes(config.state_dir, config.swarm)
     async with client(config, console) as node:
         models = await node.models()
-        views = [(listed, await node.view(f"{listed.name}@{listed.digest.hex()}")) for listed in models]
+        views = [(listed, await node.view_of(listed)) for listed in models]
         known = (await node.status()).known_nodes
     if console.as_json:
         body = {"swarm": config.swarm, "known_nodes": known, "local_nodes": [_node_json(n) for n in local]}

@@ -595,7 +595,7 @@ def test_route_and_status_show_every_term(monkeypatch):
         async def models(self):
             return [SimpleNamespace(name="toy", digest=bytes(32))]
 
-        async def view(self, name):
+        async def view_of(self, listed):
             return swarm
 
         async def status(self):

@@ -280,7 +280,7 @@ class RemoteModel:
         raise problems[0]
 
     async def _plan(self, request: PlanRequest, problems: Sequence[SwarmError]) -> Plan:
-        """A chain, given what went wrong with the one before. That servers declined says more than that none is left."""
+        """A chain, given what went wrong before: that servers declined says more than that none is left."""
         try:
             return await self._context.router.plan(await self.view(fresh=bool(problems)), request)
         except NoRoute as exc:

@@ -48,7 +48,7 @@ class HiddenSession:
         shape = tuple(hidden.shape)
         if len(shape) != 3 or shape[0] != self._batch or shape[1] == 0 or shape[2] != self._hidden:
             raise ConfigError(f"hidden states {shape}: this session takes [{self._batch}, tokens, {self._hidden}]")
-        chunks = hidden.split(STEP_ROWS, dim=1)
+        chunks = [hidden[:, at : at + STEP_ROWS] for at in range(0, shape[1], STEP_ROWS)]
         for chunk in chunks:
             for lane in range(self._batch):
                 self._chain.feed(from_hidden(chunk[lane], self._codec), chunk.shape[1], Want.ALL, lane)

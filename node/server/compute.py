@@ -11,7 +11,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -27,16 +27,11 @@ from ...protocol.messages import Kind, Open, Output, Want
 from ...protocol.sampling import SamplingParams
 from ...protocol.session import Job
 from ...protocol.tensors import Codec, codec_at
-from .scheduler import DECODE_ROWS, Item, Scheduler
+from .outcome import KVGone, Outcome, Timings
+from .scheduler import Item, Scheduler
 
 MAX_WAITING_ROWS: Final = 1 << 16
 """Rows all sessions together may have waiting; sessions bound themselves far below this."""
-_SMOOTHING: Final = 0.1
-"""Weight of the newest pass in the running mean of block times."""
-
-
-class KVGone(SwarmError):
-    """A windowed layer has dropped keys that a rewind needs: the rows must be replayed from the start."""
 
 
 @dataclass(slots=True)
@@ -59,18 +54,6 @@ class Seat:
         return codec_at(border, self.codec, self.cuts)
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What became of a job."""
-
-    payload: bytes = b""
-    token: int = -1
-    logprob: float = 0.0
-    seconds: float = 0.0
-    """Wall time of the pass the job was part of."""
-    error: SwarmError | None = None
-
-
 @dataclass(slots=True)
 class _Work:
     seat: Seat
@@ -78,28 +61,6 @@ class _Work:
     done: Callable[[Outcome], None]
     rows: torch.Tensor | None = None  # [count, hidden]
     outcome: Outcome | None = None
-
-
-@dataclass(slots=True)
-class Timings:
-    """Running means of what a block takes here, in seconds; what the server announces."""
-
-    decode_s: float = 0.0
-    prefill_s: float = 0.0
-    """Per block, for a chunk of 128 tokens."""
-    busy_s: float = 0.0
-    """Time spent computing so far."""
-    rows: int = field(default=0)
-    """Rows computed so far."""
-
-    def learn(self, rows: int, blocks: int, seconds: float) -> None:
-        """One pass of `rows` rows through `blocks` blocks took this long."""
-        self.busy_s += seconds
-        self.rows += rows
-        if rows <= DECODE_ROWS:
-            self.decode_s += (seconds / blocks - self.decode_s) * _SMOOTHING
-        else:
-            self.prefill_s += (seconds / blocks * 128 / rows - self.prefill_s) * _SMOOTHING
 
 
 class Worker:

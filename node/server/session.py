@@ -10,7 +10,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from ...protocol.errors import ConfigError, ProtocolError, SwarmError
 from ...protocol.ids import PeerId
@@ -36,7 +36,10 @@ from ...protocol.wire import Message
 from ..framing import FrameStream
 from ..host import Host
 from ..transport.base import Priority
-from .compute import KVGone, Outcome, Seat, Worker
+from .outcome import KVGone, Outcome
+
+if TYPE_CHECKING:
+    from .compute import Seat, Worker
 
 logger = logging.getLogger(__name__)
 

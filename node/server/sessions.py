@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from ...protocol.errors import ProtocolError, ServerBusy
 from ...protocol.messages import (
@@ -30,8 +30,10 @@ from ...protocol.tensors import Codec, payload_size
 from ..framing import FrameStream
 from ..host import Host
 from ..transport.base import Priority, Stream
-from .compute import Seat, Worker
 from .session import ServerSession
+
+if TYPE_CHECKING:
+    from .compute import Seat, Worker
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from ...kernels.measure import block_times, compute_class
 from ...kernels.span import Span
 from ...protocol.errors import ConfigError
 from ..models import Model
-from .compute import Timings
+from .outcome import Timings
 from .span import LoadProgress, SpanSettings, free_memory_bytes
 
 
