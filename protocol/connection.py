@@ -180,9 +180,11 @@ class Connection:
         if self._out:
             out, self._out = self._out, b""
             return out
-        if self.phase is not Phase.OPEN or not self.session.has_output:
+        if self.phase is not Phase.OPEN:
             return None
         if not self._scratch:
+            if not self.session.has_output:
+                return None
             self._scratch = memoryview(bytearray(noise.MAX_PLAINTEXT))
         size = self.session.fill(self._scratch)
         return self._seal(self._scratch[:size]) if size else None

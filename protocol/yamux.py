@@ -154,7 +154,7 @@ class Session:
 
     def fill(self, out: memoryview) -> int:
         """Write the next frames into `out`, return how many bytes; 0 when there is nothing to send."""
-        used = self._fill_control(out)
+        used = self._fill_control(out) if self._control or self._windows else 0
         for queue in self._ready:
             while queue and len(out) - used > HEADER_SIZE:
                 used += self._fill_data(queue, out[used:])

@@ -10,7 +10,7 @@ or an error code (GO_AWAY).
 from __future__ import annotations
 
 import struct
-from enum import IntEnum, IntFlag
+from enum import IntEnum
 from typing import Final
 
 HEADER: Final = struct.Struct(">BBHII")
@@ -19,23 +19,26 @@ INITIAL_WINDOW: Final = 256 * 1024
 """Credit every new stream starts with, fixed by the specification; more is granted with SYN and ACK."""
 
 
-class FrameType(IntEnum):
-    """What a frame is."""
+class FrameType:
+    """What a frame is.
 
-    DATA = 0
-    WINDOW = 1
-    PING = 2
-    GO_AWAY = 3
+    Plain ints, as are flags: an IntFlag's `&` costs 3 µs, twice what sealing a small frame does.
+    """
+
+    DATA: Final = 0
+    WINDOW: Final = 1
+    PING: Final = 2
+    GO_AWAY: Final = 3
 
 
-class Flag(IntFlag):
+class Flag:
     """What a frame says besides; on a PING, SYN asks and ACK answers."""
 
-    NONE = 0
-    SYN = 1
-    ACK = 2
-    FIN = 4
-    RST = 8
+    NONE: Final = 0
+    SYN: Final = 1
+    ACK: Final = 2
+    FIN: Final = 4
+    RST: Final = 8
 
 
 class GoAway(IntEnum):

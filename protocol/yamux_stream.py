@@ -217,7 +217,7 @@ class MuxStream:
             return self.send_credit > 0
         return self.fin_due and not self.fin_sent
 
-    def fill(self, room: memoryview) -> tuple[int, Flag]:
+    def fill(self, room: memoryview) -> tuple[int, int]:
         """Copy queued bytes into `room` as credit allows; return (bytes, flags) of the DATA frame."""
         limit = min(len(room), self.send_credit)
         size = 0

@@ -16,8 +16,10 @@ from typing import Any, Final
 from ...protocol.errors import ConfigError
 from ...protocol.multiaddr import Multiaddr
 
-HIGH_WATER: Final = 64 * 1024
-"""Default of the write buffer: bytes in flight above this pause the writer."""
+HIGH_WATER: Final = 128 * 1024
+"""Bytes a link of limited rate may be behind before the writer is paused: the part of TCP_NOTSENT_LOWAT.
+What is on its way does not count, so a link without a rate never pauses; the windows of the streams bound
+it."""
 
 Factory = Callable[[Multiaddr], asyncio.BufferedProtocol]
 
@@ -178,7 +180,6 @@ class _Link(asyncio.Transport):
         self._in_flight = 0
         self._free_at = 0.0
         self._timer: asyncio.TimerHandle | None = None
-        self._high = HIGH_WATER
         self._paused = False
         self._closing = False
         self._over = False
@@ -203,8 +204,7 @@ class _Link(asyncio.Transport):
         return self._closing or self._over
 
     def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
-        """When to pause the writer."""
-        self._high = HIGH_WATER if high is None else high
+        """Nothing is buffered in front of the link; see HIGH_WATER."""
 
     def get_write_buffer_size(self) -> int:
         """Bytes in flight."""
@@ -217,9 +217,17 @@ class _Link(asyncio.Transport):
         mangle = self._network.mangle
         for piece in (data,) if mangle is None else mangle(bytes(data)):
             self._send(bytes(piece))
-        if self._in_flight > self._high and not self._paused and self._protocol is not None:
+        rate = self._network.rate
+        behind = self._free_at - self._loop.time()
+        if rate and behind * rate > HIGH_WATER and not self._paused and self._protocol is not None:
             self._paused = True
+            self._loop.call_later(behind - HIGH_WATER / 2 / rate, self._resume)
             self._protocol.pause_writing()
+
+    def _resume(self) -> None:
+        self._paused = False
+        if self._protocol is not None and not self._over:
+            self._protocol.resume_writing()
 
     def close(self) -> None:
         """Flush, then end."""
@@ -265,10 +273,6 @@ class _Link(asyncio.Transport):
             data = self._queue.popleft()[1]
             self._in_flight -= len(data)
             self.peer.arrived(data)
-        if self._paused and self._in_flight <= self._high // 4 and not self._over:
-            self._paused = False
-            if self._protocol is not None:
-                self._protocol.resume_writing()
         if self._queue:
             self._arm()
         elif self._closing and not self._over:

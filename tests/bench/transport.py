@@ -22,6 +22,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from helpers import js_peer  # noqa: E402
+from swarmnode.node.allocator import keep_freed_memory  # noqa: E402
 from swarmnode.node.host import Host  # noqa: E402
 from swarmnode.protocol.ids import PrivateKey  # noqa: E402
 from swarmnode.protocol.multiaddr import Multiaddr  # noqa: E402
@@ -33,7 +34,8 @@ LOOPS = ("uvloop", "asyncio")
 
 
 def run(main, loop):
-    """asyncio.run on the loop of that name."""
+    """asyncio.run on the loop of that name, as a node process would."""
+    keep_freed_memory()
     factory = asyncio.SelectorEventLoop
     if loop == "uvloop":
         import uvloop

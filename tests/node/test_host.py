@@ -7,7 +7,7 @@ import re
 import pytest
 from helpers.hosts import MEMORY, hosts, key, memory_host
 from swarmnode.node.host import HostLimits
-from swarmnode.node.transport.base import ConnectionClosed, ProtocolUnsupported, StreamReset
+from swarmnode.node.transport.base import ConnectionClosed, Priority, ProtocolUnsupported, StreamReset
 from swarmnode.node.transport.memory import MemoryNetwork
 from swarmnode.node.transport.wire import KEEPALIVE_S
 from swarmnode.protocol import identify, ping, yamux
@@ -486,3 +486,35 @@ async def test_one_host_many_transports_and_addresses():
     async with hosts("memory", 1, network=world, listen=[MEMORY, MEMORY]) as (one,):
         assert len(one.listen_addrs) == 2
         assert all(address.peer_id == one.peer_id for address in one.listen_addrs)
+
+
+async def test_decode_is_not_stuck_behind_bulk(clock):
+    """A token's round trip on a link of 100 Mbit/s that another stream saturates: under three idle ones."""
+    world = network(latency_s=0.01, rate=12.5e6)
+    async with hosts("memory", 2, network=world) as (one, two):
+
+        async def sink(stream):
+            while await stream.read(1 << 20):
+                pass
+
+        two.handle(ECHO, echo)
+        two.handle("/sink", sink)
+        await one.connect(two.peer_id)
+        await settle()
+        token = await one.open_stream(two.peer_id, ECHO)
+        token.set_priority(Priority.DECODE)
+
+        async def round_trip():
+            start = clock.now()
+            await token.write(bytes(8000))
+            await token.read_exactly(8000)
+            return clock.now() - start
+
+        idle = await round_trip()
+        bulk = await one.open_stream(two.peer_id, "/sink")
+        async with asyncio.TaskGroup() as group:
+            writing = group.create_task(bulk.write(bytes(30_000_000)))
+            await asyncio.sleep(0.5)
+            busy = [await round_trip() for _ in range(20)]
+            assert not writing.done()
+        assert max(busy) < 3 * idle
