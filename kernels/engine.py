@@ -110,11 +110,11 @@ def load_head(checkpoint: Source, *, dtype: torch.dtype, device: torch.device | 
 
 def _head_linear(checkpoint: Source, dtype: torch.dtype, device: torch.device) -> Linear:
     if checkpoint.head_kind == "q8_0" and dtype is not torch.float32:
-        from .quant.int8 import Int8Linear
+        from .quant.int8 import make_int8_from_q8
 
         values, scales = checkpoint.head_q8()
         _check_shape("head", values, checkpoint.config)
-        return Int8Linear.from_q8(values.to(device), scales.to(device))
+        return make_int8_from_q8(values, scales, device)
     weight = checkpoint.head(dtype)["lm_head.weight"]
     _check_shape("head", weight, checkpoint.config)
     return make_linear(weight, None, dtype, device)

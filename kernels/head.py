@@ -107,7 +107,10 @@ class Head:
         if hidden.dim() != 2 or hidden.shape[1] != self._hidden_size:
             raise LocalProtocolError(f"hidden states {tuple(hidden.shape)} are not [rows, {self._hidden_size}]")
         with torch.inference_mode():
-            logits = self._linear(self._norm(pad_rows(hidden.float())))[: hidden.shape[0]]
+            rows = self._norm(pad_rows(hidden.float()))
+            if not self._linear.needs_padding:
+                rows = rows[: hidden.shape[0]]
+            logits = self._linear(rows)[: hidden.shape[0]]
             if self._softcap is not None:
                 logits.div_(self._softcap).tanh_().mul_(self._softcap)
             return logits

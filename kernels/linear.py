@@ -23,7 +23,10 @@ more than the work."""
 
 
 class Linear(Protocol):
-    """y = x W^T + b for fp32 rows; the row count is a multiple of ROWS."""
+    """y = x W^T + b for fp32 rows."""
+
+    needs_padding: bool
+    """Whether the row count must be a multiple of ROWS for rows to be exact."""
 
     @property
     def size_bytes(self) -> int:
@@ -35,6 +38,8 @@ class Linear(Protocol):
 
 class PlainLinear:
     """torch's own matrix product in `dtype`: small weights on the CPU, any weight on other devices."""
+
+    needs_padding = True
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> None:
         self._dtype = dtype
@@ -52,6 +57,8 @@ class PlainLinear:
 
 class PackedLinear:
     """A weight in oneDNN's blocked layout, multiplied in bf16 or fp32 with fp32 sums."""
+
+    needs_padding = True
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> None:
         operators: Any = torch.ops.mkldnn

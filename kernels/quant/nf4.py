@@ -31,6 +31,8 @@ _log = logging.getLogger(__name__)
 class NF4Linear:
     """A weight in bitsandbytes' 4-bit layout; activations in bf16."""
 
+    needs_padding = True
+
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, device: torch.device) -> None:
         library = load_bitsandbytes()
         self._out_features, in_features = weight.shape

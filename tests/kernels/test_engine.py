@@ -14,7 +14,7 @@ from swarmnode.kernels.kvcache import KVPool
 from swarmnode.kernels.linear import PlainLinear
 from swarmnode.kernels.models.config import RopeConfig
 from swarmnode.kernels.norms import RMSNorm
-from swarmnode.kernels.quant.int8 import Int8Linear, PortableInt8Linear, dequantized, make_int8
+from swarmnode.kernels.quant.int8 import Int8Linear, PortableInt8Linear, make_int8, quantize
 from swarmnode.kernels.quant.nf4 import NF4Linear, load_bitsandbytes, make_nf4
 from swarmnode.kernels.reference import run_block
 from swarmnode.kernels.span import Piece
@@ -189,7 +189,7 @@ def test_int8_activations_keep_15_bits(outlier):
     rng = torch.Generator().manual_seed(4)
     weight, rows = torch.randn(300, 256, generator=rng), torch.randn(8, 256, generator=rng)
     rows[:, 3] *= outlier
-    expected = rows @ dequantized(weight).T
+    expected = rows @ quantize(weight, 256).floats().T
     linear = make_int8(weight, None, CPU)
     assert isinstance(linear, Int8Linear)
     assert relative_error(linear(rows), expected) < 2e-4
@@ -213,13 +213,12 @@ def test_small_weights_are_rounded_but_plain(make):
     assert relative_error(small(rows), big(rows)[:, :96]) < 5e-3
 
 
-def test_portable_int8_is_the_same_weight():
+@pytest.mark.parametrize("group", [128, 48])
+def test_portable_int8_is_the_same_weight(group):
     rng = torch.Generator().manual_seed(4)
     weight, rows, bias = torch.randn(96, 128, generator=rng), torch.randn(8, 128, generator=rng), torch.randn(96)
-    scales = weight.abs().amax(1) / 127
-    values = (weight / scales[:, None]).round().to(torch.int8)
-    portable = PortableInt8Linear(values, scales, bias)
-    assert relative_error(portable(rows), make_int8(weight, bias, CPU)(rows)) < 1e-2
+    portable = PortableInt8Linear(quantize(weight, group), bias)
+    assert relative_error(portable(rows), Int8Linear(quantize(weight, group), bias)(rows)) < 1e-2
 
 
 def test_nf4_is_bitsandbytes_own():
