@@ -4,12 +4,21 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # Without this the working folder hides Hugging Face's `kernels` package behind ours (docs/decisions/001).
 export PYTHONSAFEPATH := 1
+# Nothing here may depend on the Hub: the demo's weights come from the package index.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-all check bench install clean
+.PHONY: help install demo test test-all check format bench clean
+
+help:
+	@echo "make demo      split Gemma 3 270M over three processes and kill one (installs first)"
+	@echo "make test      the tests; test-all adds the slow ones and py-libp2p"
+	@echo "make check     formatting, lint, types, import rules, docs"
+	@echo "make format    reformat and fix what can be fixed"
+	@echo "make bench     measure this machine"
 
 install: $(VENV)/.installed
 
+# torch first and pinned: whatever else wants a torch then finds this one in place.
 $(VENV)/.installed: setup.cfg pyproject.toml .ci/constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c .ci/constraints.txt torch
@@ -32,8 +41,14 @@ check: install
 	$(BIN)/lint-imports
 	$(BIN)/mkdocs build -q --strict -f docs/mkdocs.yml
 
+format: install
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
 bench: install
-	$(BIN)/python tests/bench/run.py
+	set -e; for name in planner engine transport chain decode; do \
+	  echo "== tests/bench/$$name.py"; $(BIN)/python tests/bench/$$name.py; \
+	done
 
 clean:
-	rm -rf build dist site .pytest_cache .mypy_cache .ruff_cache
+	rm -rf build dist site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks
