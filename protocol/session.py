@@ -183,8 +183,11 @@ class SessionMachine:
         return None
 
     def on_failed(self, job: Job) -> None:
-        """A job could not be done. The client will hear of it and rewind or end the session."""
-        self._lanes[job.lane].pending.pop(job.number)
+        """A job could not be done: its rows, and those after them, count as never received."""
+        lane = self._lanes[job.lane]
+        lane.pending.pop(job.number)
+        if job.position < lane.received:
+            self._rewind(lane, job.position, lane.epoch)
 
     def is_wanted(self, job: Job) -> bool:
         """Whether any of the job's rows still are: a rewind may have made it pointless while it waited."""

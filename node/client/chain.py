@@ -24,6 +24,7 @@ from ...protocol.messages import (
     LogGone,
     NeedReplay,
     Open,
+    Output,
     Probe,
     Progress,
     Result,
@@ -57,8 +58,18 @@ class Target:
     request: PlanRequest
     view: Callable[[bool], Awaitable[SwarmView]]
     """Called with True to ask the swarm anew."""
-    max_payload: int
-    """Largest result."""
+    row_bytes: int
+    """Payload of a result per row wanted; 0 where results are token ids."""
+    max_rows: int
+    """Rows of one result at most."""
+    vocab: int
+    """Token ids are below this."""
+
+    def fits(self, result: Result, payload: bytes) -> bool:
+        """Whether a result has the form it must have."""
+        rows = {Want.NOTHING: 0, Want.LAST: 1, Want.ALL: result.count}[Want(result.want)]
+        token = rows == 0 or self.spec.output != Output.TOKEN or 0 <= result.token < self.vocab
+        return len(payload) == rows * self.row_bytes and token
 
 
 class ChainSession:
@@ -221,6 +232,8 @@ class ChainSession:
     def _on_result(self, hop: Hop, result: Result, payload: bytes) -> None:
         if hop is not self._machine.hops[-1]:
             return
+        if not self._target.fits(result, payload):
+            raise RemoteProtocolError("a result of the wrong form")
         if self._machine.on_result(result) and result.want != Want.NOTHING:
             self._results.put_nowait((result, payload))
 
@@ -327,7 +340,7 @@ class ChainSession:
     async def _open_hop(self, hop: Hop, open_: Open) -> SwarmError | None:
         peer = PeerId(hop.peer)
         try:
-            link = await open_link(self._host, hop, open_, self._target.max_payload)
+            link = await open_link(self._host, hop, open_, self._target.row_bytes * self._target.max_rows)
         except HopRefused as exc:
             self.refusing.add(peer)
             self._failed[hop] = str(exc)

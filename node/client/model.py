@@ -16,7 +16,7 @@ from ...protocol.errors import ConfigError, NoRoute, Refused, SwarmError, Unsupp
 from ...protocol.ids import PeerId
 from ...protocol.messages import MAX_LANES, MAX_POSITION, MAX_ROWS, Output
 from ...protocol.sampling import SamplingParams
-from ...protocol.tensors import Codec, payload_size
+from ...protocol.tensors import Codec, codec_at, payload_size
 from ...routing.planner import Plan, PlanRequest
 from ...routing.swarm import SwarmView
 from ..clock import Clock
@@ -24,7 +24,7 @@ from ..host import Host
 from ..models import Model
 from ..tasks import Supervisor
 from .chain import ChainSession, Target, new_session_id
-from .generate import Ends, Generation, GenerationStats, Piece
+from .generate import FORWARD_ROWS, Ends, Generation, GenerationStats, Piece
 from .router import Router
 from .session import HiddenSession
 
@@ -37,8 +37,6 @@ AUTO_WIRE: Final = "auto"
 HOP_BYTES: Final = 14_480
 """One initial congestion window: a token's frame beyond it costs a second round trip after idle."""
 FRAME_OVERHEAD: Final = 100
-LOGITS_ROWS: Final = 64
-"""Rows of logits one frame may carry."""
 OPEN_ATTEMPTS: Final = 8
 DEFAULT_NEW_TOKENS: Final = 256
 
@@ -270,7 +268,14 @@ class RemoteModel:
                 output=output,
                 sampling=params.to_wire() if params and output == Output.TOKEN else b"",
             )
-            target = Target(spec=spec, request=request, view=self._view, max_payload=self._max_payload(output))
+            target = Target(
+                spec=spec,
+                request=request,
+                view=self._view,
+                row_bytes=self._row_bytes(spec),
+                max_rows=FORWARD_ROWS if output == Output.LOGITS else MAX_ROWS,
+                vocab=self.config.vocab_size,
+            )
             context = self._context
             chain = ChainSession(context.host, context.router, context.clock, context.tasks, context.repair_timeout_s)
             problems = await chain.open(target, plan)
@@ -290,10 +295,15 @@ class RemoteModel:
     async def _view(self, fresh: bool) -> SwarmView:
         return await self.view(fresh=fresh)
 
-    def _max_payload(self, output: Output) -> int:
-        """The largest result a tail may rightly send."""
-        rows = payload_size(Codec.FP32, MAX_ROWS, self.config.hidden_size)
-        return max(rows, 4 * self.config.vocab_size * LOGITS_ROWS) if output == Output.LOGITS else rows
+    def _row_bytes(self, spec: ChainSpec) -> int:
+        """Payload of a result per row wanted."""
+        match spec.output:
+            case Output.TOKEN:
+                return 0
+            case Output.LOGITS:
+                return 4 * self.config.vocab_size
+            case _:
+                return payload_size(codec_at(spec.end, spec.codec, spec.cuts), 1, self.config.hidden_size)
 
     async def close(self) -> None:
         """Free what this model holds here: the thread of its own ends."""

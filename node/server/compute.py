@@ -27,7 +27,7 @@ from ...protocol.messages import Kind, Open, Output, Want
 from ...protocol.sampling import SamplingParams
 from ...protocol.session import Job
 from ...protocol.tensors import Codec, codec_at
-from .outcome import KVGone, Outcome, Timings
+from .outcome import BadRows, KVGone, Outcome, Timings
 from .scheduler import Item, Scheduler
 
 MAX_WAITING_ROWS: Final = 1 << 16
@@ -183,7 +183,11 @@ class Worker:
         """[count, hidden] in the compute dtype."""
         config = self.span.config
         if job.payload_kind == Kind.HIDDEN:
-            return codecs.decode(job.payload, seat.codec_at(seat.start), job.count, config.hidden_size, self.span.dtype)
+            codec = seat.codec_at(seat.start)
+            rows = codecs.decode(job.payload, codec, job.count, config.hidden_size, self.span.dtype)
+            if not torch.isfinite(rows).all():
+                raise BadRows("hidden states from the previous hop are not finite")
+            return rows
         assert self.embedding is not None
         ids = np.frombuffer(job.payload, np.uint32).astype(np.int64)
         if int(ids.max()) >= config.vocab_size:

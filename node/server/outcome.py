@@ -12,6 +12,10 @@ _SMOOTHING: Final = 0.1
 """Weight of the newest pass in the running mean of block times."""
 
 
+class BadRows(SwarmError):
+    """The previous hop sent hidden states that are not numbers: its fault, not ours."""
+
+
 class KVGone(SwarmError):
     """A windowed layer has dropped keys that a rewind needs: the rows must be replayed from the start."""
 

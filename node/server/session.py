@@ -36,7 +36,7 @@ from ...protocol.wire import Message
 from ..framing import FrameStream
 from ..host import Host
 from ..transport.base import Priority
-from .outcome import KVGone, Outcome
+from .outcome import BadRows, KVGone, Outcome
 
 if TYPE_CHECKING:
     from .compute import Seat, Worker
@@ -209,6 +209,8 @@ class ServerSession:
         if isinstance(error, KVGone):
             position = self.machine.received[job.lane]
             self._send_client(NeedReplay(epoch=self.machine.epoch, lane=job.lane, position=min(position, job.position)))
+        elif isinstance(error, BadRows | ProtocolError) and self.machine.prev != self.machine.opener:
+            self._send_client(HopFailed(peer=self.machine.prev, epoch=self.machine.epoch, reason=_clip(error)))
         else:
             self._send_client(Failed(reason=_clip(error)))
 
