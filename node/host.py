@@ -40,6 +40,8 @@ __all__ = ["DIAL_TIMEOUT_S", "ConnectionInfo", "Handler", "Host", "HostLimits"]
 
 DIAL_TIMEOUT_S: Final = 10.0
 """Default deadline of connect() and open_stream()."""
+ADDRS_FOR_S: Final = 10.0
+"""How long the machine's own addresses, behind a wildcard, are believed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +91,8 @@ class Host:
         self._listen = tuple(listen)
         self._transports = tuple(transports) if transports is not None else (TcpTransport(),)
         self._listeners: list[Listener] = []
+        self._addrs: tuple[Multiaddr, ...] = ()
+        self._addrs_until = 0.0
         self._tasks = Supervisor("host")
         self._handlers = Handlers(
             self._tasks, refused=self.refused, negotiation_timeout_s=self.limits.handshake_timeout_s
@@ -129,6 +133,7 @@ class Host:
         for listener in self._listeners:
             await listener.aclose()
         self._listeners.clear()
+        self._addrs_until = 0.0
         await self._tasks.aclose()
         await self._wires.aclose()
 
@@ -140,14 +145,19 @@ class Host:
             raise ConfigError(f"cannot listen on {address}: use /ip4/<ip>/tcp/<port> or /ip6/<ip>/tcp/<port>")
         listener = await transport.listen(address, self._wires.accept)
         self._listeners.append(listener)
+        self._addrs_until = 0.0
         self._basics.changed()
         return listener.address
 
     @property
     def listen_addrs(self) -> tuple[Multiaddr, ...]:
         """Addresses others can dial, wildcards expanded, each ending in our /p2p/<id>."""
-        found = [real for listener in self._listeners for real in expand(listener.address)]
-        return tuple(dict.fromkeys(address.with_peer(self.peer_id) for address in found))
+        now = self.clock.now()
+        if now >= self._addrs_until:  # asking the kernel for its routes is not for every message
+            found = [real for listener in self._listeners for real in expand(listener.address)]
+            self._addrs = tuple(dict.fromkeys(address.with_peer(self.peer_id) for address in found))
+            self._addrs_until = now + ADDRS_FOR_S
+        return self._addrs
 
     @property
     def observed_addrs(self) -> tuple[Multiaddr, ...]:
