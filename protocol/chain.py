@@ -153,8 +153,9 @@ class ChainMachine:
         end = result.position + result.count
         if result.epoch < lane.epoch or end <= lane.acked:
             return False
-        if end > lane.cursor or result.position > lane.acked:
-            raise RemoteProtocolError(f"result for rows {result.position}..{end}; {lane.acked}..{lane.cursor} are due")
+        # Not the cursor: a repair may have moved it back while results of rows sent before were still on their way.
+        if end > lane.log.end or result.position > lane.acked:
+            raise RemoteProtocolError(f"result for rows {result.position}..{end}; {lane.acked}..{lane.log.end} are due")
         lane.acked = end
         if result.epoch >= lane.replay_epoch:
             lane.replay_epoch = 0

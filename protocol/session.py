@@ -94,7 +94,8 @@ class SessionMachine:
         self.next_known = not open_.resume
         """We know which rows the next hop has; until then nothing is sent to it."""
         self._jobs = 0
-        self._set_acked(open_.acked)
+        for lane, acked in zip(self._lanes, open_.acked, strict=False):
+            lane.acked = acked
 
     @property
     def is_tail(self) -> bool:
@@ -206,7 +207,9 @@ class SessionMachine:
         if rewire.epoch <= self.epoch:
             return True
         self.epoch = rewire.epoch
-        self._set_acked(rewire.acked)
+        for lane, acked in zip(self._lanes, rewire.acked, strict=False):
+            # The control stream may be slower than the data: a truncation made after this rewire may be here already.
+            lane.acked = acked if rewire.epoch >= lane.epoch else min(acked, lane.acked)
         if rewire.set_prev:
             self.prev = rewire.prev or self.opener
         self._catch_up_on_truncations(rewire)
@@ -310,10 +313,6 @@ class SessionMachine:
         row = 4 if data.payload_kind == Kind.TOKENS else self._row_bytes
         if len(payload) != data.count * row:
             raise RemoteProtocolError(f"{data.count} rows need {data.count * row} bytes, got {len(payload)}")
-
-    def _set_acked(self, acked: Sequence[int]) -> None:
-        for lane, position in zip(self._lanes, acked, strict=False):
-            lane.acked = position
 
     def _set_cursors(self, positions: Sequence[int]) -> None:
         for lane, position in zip(self._lanes, positions, strict=False):
