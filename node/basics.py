@@ -53,7 +53,8 @@ class Basics:
     def connected(self, wire: Wire) -> None:
         """A connection opened: ask who it is."""
         self._wires.add(wire)
-        self._tasks.start(self._ask(wire), f"identify {wire.remote.short}")
+        if self._tasks.has_room:
+            self._tasks.start(self._ask(wire), f"identify {wire.remote.short}")
 
     def disconnected(self, wire: Wire) -> None:
         """A connection is gone."""
@@ -113,7 +114,7 @@ class Basics:
     def changed(self) -> None:
         """Our protocols or addresses changed: tell everybody connected, once things have settled."""
         self._push_due = True
-        if self._wires and not self._pushing:
+        if self._wires and not self._pushing and self._tasks.has_room:
             self._pushing = True
             self._tasks.start(self._push_all(), "identify push")
 

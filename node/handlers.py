@@ -57,6 +57,10 @@ class Handlers:
 
     def take(self, stream: MuxedStream) -> None:
         """A peer opened a stream."""
+        if not self._tasks.has_room:  # closing, or out of tasks: no reason to break the connection
+            self._refused["no room for a stream"] += 1
+            stream.reset()
+            return
         self._tasks.start(self._serve(stream), "inbound stream")
 
     def open_loopback(self, me: PeerId, protocol: str) -> Stream:

@@ -46,6 +46,11 @@ class Supervisor:
     def __len__(self) -> int:
         return len(self._tasks)
 
+    @property
+    def has_room(self) -> bool:
+        """start() would succeed: open, and not full."""
+        return self._open and len(self._tasks) < self._max_tasks
+
     def start(
         self,
         work: Coroutine[Any, Any, None],
@@ -58,7 +63,7 @@ class Supervisor:
         The returned task may be cancelled or awaited; awaiting it never raises the work's own exception.
         Raises LocalProtocolError when the supervisor is not open or is full.
         """
-        if not self._open or len(self._tasks) >= self._max_tasks:
+        if not self.has_room:
             work.close()
             state = "full" if self._open else "not open"
             raise LocalProtocolError(f"cannot start {name!r}: supervisor {self.name!r} is {state}")

@@ -18,12 +18,18 @@ import inspect
 import os
 import threading
 
+import hypothesis
 import pytest
 from helpers.virtual import LoopClock, VirtualLoop
 from swarmnode.node.clock import Clock
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["PYTHONSAFEPATH"] = "1"
+
+# the same examples in every run: a flaky test is a bug, and a longer search is made by hand with another
+# profile
+hypothesis.settings.register_profile("repo", derandomize=True, deadline=None, database=None)
+hypothesis.settings.load_profile("repo")
 
 PATIENCE_TICKS = 20
 """Loop iterations a finished test's tasks get to end by themselves."""

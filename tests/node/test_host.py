@@ -385,6 +385,21 @@ async def test_clean_close_is_seen_as_such():
         await two.aclose()
 
 
+async def test_streams_that_arrive_while_closing_are_refused(caplog):
+    async with hosts("memory", 2, network=network()) as (one, two):
+        two.handle(ECHO, echo)
+        await one.connect(two.peer_id)
+        await settle()
+        stream = await one.open_stream(two.peer_id, ECHO)
+        await stream.write(b"x")
+        await two._tasks.aclose()
+        with pytest.raises(StreamReset):
+            await stream.read(1)
+        assert two.refused == {"no room for a stream": 1}
+        assert one.is_connected(two.peer_id)
+    assert not caplog.records
+
+
 async def test_disconnect_closes_and_reconnecting_works():
     async with hosts("memory", 2, network=network()) as (one, two):
         two.handle(ECHO, echo)
