@@ -315,6 +315,9 @@ class ChainSession:
     async def _go_over(self, hops: Sequence[Hop], session: bytes | None) -> None:
         """Open the fresh hops, then tell the survivors. A fresh hop that fails to open has failed like any other."""
         before = self._machine.hops
+        new_first = before[0] is not hops[0]
+        if new_first and self._feeder is not None:
+            self._feeder.cancel()  # or it would take out the rows of the replay and send them to the old one
         repair = self._machine.repair(hops, session)
         self.repairs += 1
         gone = [hop for hop in before if hop not in hops]
@@ -328,7 +331,7 @@ class ChainSession:
                 await self._links[hop].frames.send(rewire)
             except OSError as exc:
                 self._fail(hop, str(exc) or type(exc).__name__)
-        if before[0] is not hops[0] and hops[0] in self._links:
+        if new_first and hops[0] in self._links:
             self._restart_feeder()
         self._have_rows.set()
 
