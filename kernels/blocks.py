@@ -84,9 +84,9 @@ class Block:
         self._attend = attend if device.type == "cpu" else attend_fused
 
     @property
-    def size_bytes(self) -> int:
-        """Memory of the matrices."""
-        return sum(part.size_bytes for part in (self._qkv, self._output, self._gate_up, self._down))
+    def linears(self) -> tuple[Linear, ...]:
+        """Its matrices."""
+        return (self._qkv, self._output, self._gate_up, self._down)
 
     def forward(
         self,

@@ -74,12 +74,13 @@ class Span:
         """How the weights are held: none, int8 or nf4."""
         self.device = device
         self._blocks = list(blocks)
+        self._needs_padding = any(linear.needs_padding for block in blocks for linear in block.linears)
         self._tables = {rope: RopeTable(rope, config.head_dim, device) for rope in {block.rope for block in blocks}}
 
     @property
     def size_bytes(self) -> int:
         """Memory of the weight matrices."""
-        return sum(block.size_bytes for block in self._blocks)
+        return sum(linear.size_bytes for block in self._blocks for linear in block.linears)
 
     def run(
         self, hidden: torch.Tensor, pieces: Sequence[Piece], start: int | None = None, end: int | None = None
@@ -113,7 +114,8 @@ class Span:
 
     def _run(self, hidden: torch.Tensor, pieces: Sequence[Piece], start: int, end: int) -> torch.Tensor:
         count = hidden.shape[0]
-        rows = pad_rows(hidden.to(device=self.device, dtype=self.dtype))
+        rows = hidden.to(device=self.device, dtype=self.dtype)
+        rows = pad_rows(rows) if self._needs_padding else rows.contiguous()
         blocks = self._blocks[start - self.start : end - self.start]
         views = self._views(pieces, {block.window for block in blocks})
         rotations = self._rotations(pieces, rows.shape[0], {block.rope for block in blocks})

@@ -123,7 +123,7 @@ class Int8Linear:
 class PortableInt8Linear:
     """The same weights under aten's weight-only kernel, with bf16 activations; on a GPU a dequantized product."""
 
-    needs_padding = True
+    needs_padding = False
 
     def __init__(self, weight: Int8Weight, bias: torch.Tensor | None) -> None:
         self._group = weight.group

@@ -31,8 +31,6 @@ _log = logging.getLogger(__name__)
 class NF4Linear:
     """A weight in bitsandbytes' 4-bit layout; activations in bf16."""
 
-    needs_padding = True
-
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, device: torch.device) -> None:
         library = load_bitsandbytes()
         self._out_features, in_features = weight.shape
@@ -61,6 +59,8 @@ class NF4Linear:
         self._multiply: Any = library.matmul_4bit
         self._weight: torch.Tensor = module.weight.data
         self._state: Any = module.weight.quant_state
+        # The fused kernel takes rows one by one (padding 1 to 4 doubles its time); else it ends in torch's product.
+        self.needs_padding = not getattr(self._state, "packing_format_for_cpu", False)
         self._bias = None if bias is None else bias.float().to(device)
         self._size_bytes = tensor_bytes(self._weight, self._state.absmax, self._bias)
 

@@ -12,7 +12,7 @@ from swarmnode.kernels.models.config import RopeConfig
 from swarmnode.kernels.span import Piece
 from swarmnode.protocol.tensors import Codec
 
-TOKENS = 230
+TOKENS = 190
 CUTS = frozenset({1, 2})
 SLIDING = {"sliding_window": 40, "sliding_blocks": (True, False, True)}
 GEMMA = {
@@ -25,15 +25,21 @@ GEMMA = {
 }
 # Big enough for packed kernels (65,536 weights), of several head shapes; widths that are no power of two.
 SHAPES = {
-    "gqa": {},
+    "gqa": {"num_heads": 8},
     "one-kv-head-wide": {"num_heads": 4, "num_kv_heads": 1, "head_dim": 256},
     "mha-one-head-per-group": {"num_heads": 4, "num_kv_heads": 4, "head_dim": 64},
-    "odd-group": {"num_heads": 3, "num_kv_heads": 1, "head_dim": 80, "qkv_bias": True},
-    "sliding": SLIDING,
-    "gemma": {**GEMMA, **SLIDING},
-    "gelu-biases": {"activation": "gelu", "mlp_bias": True, "output_bias": True, "qkv_bias": True},
+    "odd-group": {"num_heads": 3, "num_kv_heads": 1, "head_dim": 88, "qkv_bias": True},
+    "sliding": {"num_heads": 8, **SLIDING},
+    "gemma": {"num_heads": 8, **GEMMA, **SLIDING},
+    "gelu-biases": {"activation": "gelu", "mlp_bias": True, "output_bias": True, "qkv_bias": True, "num_heads": 8},
+    "small-weights": {},
 }
-PRECISIONS = [(dtype, quant) for dtype in (torch.float32, torch.bfloat16) for quant in ("none", "int8", "nf4")]
+PRECISIONS = [
+    (torch.float32, "none"),
+    (torch.bfloat16, "none"),
+    (torch.bfloat16, "int8"),
+    (torch.bfloat16, "nf4"),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -64,10 +70,10 @@ def random_passes(model, expected, rng, **more):
     """Feed the sequence in random chunks, with random neighbours before and after; compare every row."""
     lane, others, first = model.pool.open_lane(), [model.pool.open_lane() for _ in range(2)], 0
     while first < TOKENS:
-        count = min(rng.choice((1, 1, 1, 2, 3, 5, 16, 33, 64, 100)), TOKENS - first)
+        count = min(rng.choice((1, 1, 2, 3, 5, 16, 33, 64, 100)), TOKENS - first)
         pieces = [(lane, first, count, more)]
         for other in others:
-            extra = rng.choice((0, 1, 1, 4, 70))
+            extra = rng.choice((0, 0, 1, 4, 70))
             if extra and other.length + extra <= TOKENS:
                 pieces.insert(rng.randrange(len(pieces) + 1), (other, other.length, extra, {}))
         rows = torch.cat([model.rows[start : start + size] for _, start, size, _ in pieces])
@@ -120,15 +126,16 @@ def test_truncation_leaves_no_trace(shape):
 
 def test_deep_truncation_of_a_window_asks_for_replay():
     model = Model("sliding", torch.float32, "none")
-    lane = model.pool.open_lane()
-    for first in range(0, TOKENS, 10):
-        model.feed(lane, first, first + 10)
+    model.rows = model.rows.repeat(3, 1)
+    lane, whole = model.pool.open_lane(), model.feed(model.pool.open_lane(), 0, 3 * TOKENS)
+    for first in range(0, 3 * TOKENS, 10):
+        assert torch.equal(model.feed(lane, first, first + 10), whole[first : first + 10])
     assert lane.blocks[0].base > 0
     with pytest.raises(NeedReplay) as caught:
         lane.truncate(60)
     assert caught.value.position == 0
     lane.truncate(0)
-    assert torch.equal(model.feed(lane, 0, TOKENS), model.whole())
+    assert torch.equal(model.feed(lane, 0, 3 * TOKENS), whole)
 
 
 def test_splitting_blocks_over_servers_changes_nothing():
