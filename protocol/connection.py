@@ -174,17 +174,20 @@ class Connection:
 
     # -- sending --
 
+    @property
+    def has_output(self) -> bool:
+        """pull() may produce something."""
+        return bool(self._out) or (self.phase is Phase.OPEN and self.session.has_output)
+
     def pull(self) -> bytes | bytearray | None:
         """The next bytes for the link: handshake output, or one freshly encrypted Noise message; None:
         nothing."""
         if self._out:
             out, self._out = self._out, b""
             return out
-        if self.phase is not Phase.OPEN:
+        if not self.has_output:
             return None
         if not self._scratch:
-            if not self.session.has_output:
-                return None
             self._scratch = memoryview(bytearray(noise.MAX_PLAINTEXT))
         size = self.session.fill(self._scratch)
         return self._seal(self._scratch[:size]) if size else None

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from .errors import LocalProtocolError, RemoteProtocolError
-from .yamux_frames import HEADER, HEADER_SIZE, INITIAL_WINDOW, Flag, FrameType, GoAway, Priority
+from .yamux_frames import HEADER, HEADER_SIZE, INITIAL_WINDOW, Flag, FrameType, GoAway
 from .yamux_stream import MAX_WINDOW, MuxStream, Readable, Writable
 
 PROTOCOL: Final = "/yamux/1.0.0"
@@ -99,10 +99,10 @@ class Session:
         self.drained: list[MuxStream] = []
         """Streams whose send queue became empty in fill(); the owner wakes their writers and clears the
         list."""
-        # sending
+        # sending; ready streams by Priority
         self._control: deque[bytes] = deque()
         self._windows: deque[MuxStream] = deque()
-        self._ready: tuple[deque[MuxStream], ...] = tuple(deque() for _ in Priority)
+        self._ready: tuple[deque[MuxStream], deque[MuxStream], deque[MuxStream]] = (deque(), deque(), deque())
         # receiving
         self._partial = b""
         self._left = 0  # bytes still to come of the current DATA frame
@@ -149,8 +149,9 @@ class Session:
 
     @property
     def has_output(self) -> bool:
-        """fill() would produce something."""
-        return bool(self._control or self._windows or any(self._ready))
+        """fill() may produce something."""
+        control, decode, bulk = self._ready
+        return bool(control or decode or bulk or self._control or self._windows)
 
     def fill(self, out: memoryview) -> int:
         """Write the next frames into `out`, return how many bytes; 0 when there is nothing to send."""

@@ -115,8 +115,21 @@ class MuxStream:
         size = min(max_bytes, self.buffered)
         if not size:
             return b""
+        self.buffered -= size
+        self._consumed += size
+        first = self._chunks[0]
+        end = self._head + size
+        if end < len(first):  # the common case of a small header
+            data = bytes(memoryview(first)[self._head : end])
+            self._head = end
+        else:
+            data = self._join(size)
+        self._grant()
+        return data
+
+    def _join(self, left: int) -> bytes:
+        """Remove `left` bytes that span chunks."""
         parts: list[Part] = []
-        left = size
         while left:
             chunk = self._chunks[0]
             available = len(chunk) - self._head
@@ -129,9 +142,6 @@ class MuxStream:
                 parts.append(memoryview(chunk)[self._head : self._head + left])
                 self._head += left
                 left = 0
-        self.buffered -= size
-        self._consumed += size
-        self._grant()
         return b"".join(parts)
 
     def ignore_input(self) -> None:
@@ -169,6 +179,8 @@ class MuxStream:
 
     def _grant(self) -> None:
         """Announce more credit when half the window is free."""
+        if 2 * self.recv_credit > self.window:
+            return
         free = self.window - self.recv_credit - max(0, self.buffered - self.wanted)
         if 2 * free >= self.window and not (self.remote_fin or self.discarding) and self.reset_by is None:
             self.session.on_half_window(self)

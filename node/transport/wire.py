@@ -207,14 +207,14 @@ class Wire(asyncio.BufferedProtocol):
         transport = self._transport
         if transport is None or self.error is not None:
             return
-        pull = self._connection.pull
-        while not self._paused and self.error is None:
-            frame = pull()
-            if frame is None:
-                break
-            self.bytes_out += len(frame)
-            self._send(transport, frame)
-        self._wake_drained()
+        connection = self._connection
+        while connection.has_output and not self._paused and self.error is None:
+            frame = connection.pull()
+            if frame is not None:
+                self.bytes_out += len(frame)
+                self._send(transport, frame)
+        if self._session.drained:
+            self._wake_drained()
 
     def _send(self, transport: asyncio.Transport, frame: bytes | bytearray) -> None:
         """Give a frame to the kernel; only what it does not take goes through the event loop's queue.
@@ -238,10 +238,9 @@ class Wire(asyncio.BufferedProtocol):
 
     def _wake_drained(self) -> None:
         drained = self._session.drained
-        if drained:
-            for mux in drained:
-                _wake(self.writers.pop(mux.id, None))
-            drained.clear()
+        for mux in drained:
+            _wake(self.writers.pop(mux.id, None))
+        drained.clear()
 
     # -- streams --
 
