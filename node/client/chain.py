@@ -18,6 +18,7 @@ from ...protocol.chain import ChainMachine, ChainSpec, Hop
 from ...protocol.errors import NoRoute, ProtocolError, RemoteProtocolError, ServerFailed, SessionClosed, SwarmError
 from ...protocol.ids import PeerId
 from ...protocol.messages import (
+    Data,
     Draining,
     Failed,
     HopFailed,
@@ -28,6 +29,8 @@ from ...protocol.messages import (
     Probe,
     Progress,
     Result,
+    Rewire,
+    Truncate,
     Want,
 )
 from ...protocol.wire import Message
@@ -46,6 +49,8 @@ logger = logging.getLogger(__name__)
 
 RETRY_S: Final = 0.2
 """Pause between looks for a replacement when nobody has the blocks."""
+FRUITLESS_REPAIRS: Final = 8
+"""Repairs without any result between them before a client may give up: what takes over breaks as well."""
 STUCK_PROBES: Final = 3
 """Probes in a row without any progress before the hop that holds things up is replaced."""
 
@@ -60,8 +65,8 @@ class Target:
     """Called with True to ask the swarm anew."""
     row_bytes: int
     """Payload of a result per row wanted; 0 where results are token ids."""
-    max_rows: int
-    """Rows of one result at most."""
+    max_payload: int
+    """Largest frame a hop may rightly send: a result, or rows to pass on."""
     vocab: int
     """Token ids are below this."""
 
@@ -94,6 +99,12 @@ class ChainSession:
         self._repairer: asyncio.Task[None] | None = None
         self._repairing = False
         self._patience = Patience()
+        self._unproven: set[PeerId] = set()
+        """Servers in the chain that no result has come through yet."""
+        self._fruitless = 0
+        """Repairs since the last result."""
+        self._down_since: float | None = None
+        """When the first failure since the last result was noticed."""
         self.repairs = 0
         """Repairs made so far."""
 
@@ -204,7 +215,10 @@ class ChainSession:
         reason = "it ended the session"
         try:
             while (frame := await link.frames.receive()) is not None:
-                self._on_message(hop, link, *frame)
+                if isinstance(frame[0], Data | Truncate):
+                    await self._pass_on(hop, *frame)
+                else:
+                    self._on_message(hop, link, *frame)
         except (OSError, ProtocolError) as exc:
             reason = str(exc) or type(exc).__name__
         self._fail(hop, reason)
@@ -234,18 +248,61 @@ class ChainSession:
             return
         if not self._target.fits(result, payload):
             raise RemoteProtocolError("a result of the wrong form")
-        if self._machine.on_result(result) and result.want != Want.NOTHING:
+        if not self._machine.on_result(result):
+            return
+        if self._unproven or self._down_since is not None:
+            self._proven()
+        if result.want != Want.NOTHING:
             self._results.put_nowait((result, payload))
 
+    def _proven(self) -> None:
+        """Rows came through the whole chain as it is now."""
+        for peer in self._unproven:
+            self._router.succeeded(peer)
+        self._unproven.clear()
+        self._fruitless, self._down_since = 0, None
+
     def _on_hop_failed(self, reporter: Hop, peer: bytes, reason: str) -> None:
-        """A hop blames a neighbour. Only a neighbour it has now: reports of replaced ones are old news."""
+        """A hop blames a neighbour. Only a neighbour it has now: reports of replaced ones are old news.
+
+        One that blames the hop before it got rows that make no sense. One that cannot send to the hop after it may
+        only lack a way there: if we have one, we pass the rows on.
+        """
         hops = self._machine.hops
         if reporter not in hops:
             return
         index = hops.index(reporter)
-        for neighbour in hops[max(0, index - 1) : index + 2]:
-            if neighbour is not reporter and neighbour.peer == peer:
-                self._fail(neighbour, reason)
+        if index and hops[index - 1].peer == peer:
+            self._fail(hops[index - 1], reason)
+        if index + 1 < len(hops) and hops[index + 1].peer == peer:
+            self._tasks.start(self._relay_or_fail(reporter, hops[index + 1], reason), "chain-relay")
+
+    async def _relay_or_fail(self, sender: Hop, receiver: Hop, reason: str) -> None:
+        link = self._links.get(receiver)
+        alive = link is not None and await link.probe(Probe(nonce=1), self._patience.probe_s(self._rtt_s()))
+        if receiver in self._failed or sender in self._failed or self._error is not None:
+            return
+        if not alive or (sender, receiver) in self._machine.relayed:
+            self._fail(receiver, reason)
+        elif sender in self._machine.hops and receiver in self._machine.hops:
+            await self._begin_relay(sender, receiver, reason)
+
+    async def _begin_relay(self, sender: Hop, receiver: Hop, reason: str) -> None:
+        peers = PeerId(sender.peer), PeerId(receiver.peer)
+        logger.info("%s cannot reach %s (%s): rows between them go over this node", *(p.short for p in peers), reason)
+        self._router.metrics.observe_relayed(*peers, self._clock.now())
+        await self._tell(self._machine.relay(sender, receiver).rewires)
+
+    async def _pass_on(self, sender: Hop, message: Data | Truncate, payload: bytes) -> None:
+        """Rows between two hops that cannot reach each other."""
+        pair = next((pair for pair in self._machine.relayed if pair[0] is sender), None)
+        link = self._links.get(pair[1]) if pair else None
+        if pair is None or link is None:
+            return
+        try:
+            await link.frames.send(message, payload)
+        except OSError as exc:
+            self._fail(pair[1], str(exc) or type(exc).__name__)
 
     # Failures and their repair.
 
@@ -254,6 +311,9 @@ class ChainSession:
             return
         logger.info("server %s (blocks %d:%d) failed: %s", PeerId(hop.peer).short, hop.start, hop.end, reason)
         self._failed[hop] = reason
+        self._unproven.discard(PeerId(hop.peer))
+        if self._down_since is None:
+            self._down_since = self._clock.now()
         self._router.failed(PeerId(hop.peer))
         self._trouble.set()
 
@@ -273,26 +333,35 @@ class ChainSession:
 
     async def _repair(self) -> None:
         """Replace hops until none has failed. Raises ServerFailed when time is up."""
-        give_up_at = self._clock.now() + self._repair_timeout_s
+        began = self._clock.now()
         fresh = False
-        while bad := self._bad_hops():
+        while self._bad_hops():
+            await self._pace()
             try:
-                hops, session = await self._replace(bad, fresh)
+                hops, session = await self._replace(self._bad_hops(), fresh)
             except NoRoute as exc:
                 if not self._failed:
                     self._leaving.clear()  # nobody else has the blocks: stay as long as it stays
                     return
-                if self._clock.now() > give_up_at:
-                    raise self._gave_up(exc) from exc
+                if self._clock.now() - began > self._repair_timeout_s:
+                    raise self._gave_up(str(exc)) from exc
                 fresh = True
                 await asyncio.sleep(RETRY_S)
                 continue
             await self._go_over(hops, session)
 
+    async def _pace(self) -> None:
+        """Servers that open sessions only to break them must keep us busy neither all the time nor for ever."""
+        if self._fruitless < FRUITLESS_REPAIRS:
+            return
+        if self._down_since is not None and self._clock.now() - self._down_since > self._repair_timeout_s:
+            raise self._gave_up(f"{self._fruitless} servers took over and failed as well")
+        await asyncio.sleep(RETRY_S)
+
     def _bad_hops(self) -> list[Hop]:
         return [hop for hop in self._machine.hops if hop in self._failed or hop in self._leaving]
 
-    def _gave_up(self, cause: NoRoute) -> ServerFailed:
+    def _gave_up(self, cause: str) -> ServerFailed:
         reasons = "; ".join(f"{PeerId(hop.peer).short}: {why}" for hop, why in self._failed.items())
         return ServerFailed(f"no replacement within {self._repair_timeout_s:.0f} s for {reasons}. {cause}")
 
@@ -320,6 +389,7 @@ class ChainSession:
             self._feeder.cancel()  # or it would take out the rows of the replay and send them to the old one
         repair = self._machine.repair(hops, session)
         self.repairs += 1
+        self._fruitless += 1
         gone = [hop for hop in before if hop not in hops]
         self._drop(gone)
         for hop in gone:
@@ -335,6 +405,17 @@ class ChainSession:
             self._restart_feeder()
         self._have_rows.set()
 
+    async def _tell(self, rewires: Sequence[tuple[Hop, Rewire]]) -> None:
+        """Send rewires. A hop that cannot be told has failed."""
+        for hop, rewire in rewires:
+            link = self._links.get(hop)
+            if link is None:
+                continue
+            try:
+                await link.frames.send(rewire)
+            except OSError as exc:
+                self._fail(hop, str(exc) or type(exc).__name__)
+
     async def _open_hops(self, opens: Sequence[tuple[Hop, Open]]) -> list[SwarmError]:
         """Open hops side by side. Returns what went wrong; the hops concerned are marked."""
         problems = await asyncio.gather(*(self._open_hop(hop, open_) for hop, open_ in opens))
@@ -343,7 +424,7 @@ class ChainSession:
     async def _open_hop(self, hop: Hop, open_: Open) -> SwarmError | None:
         peer = PeerId(hop.peer)
         try:
-            link = await open_link(self._host, hop, open_, self._target.row_bytes * self._target.max_rows)
+            link = await open_link(self._host, hop, open_, self._target.max_payload)
         except HopRefused as exc:
             self.refusing.add(peer)
             self._failed[hop] = str(exc)
@@ -352,7 +433,7 @@ class ChainSession:
             self._fail(hop, str(exc))
             return exc
         self._links[hop] = link
-        self._router.succeeded(peer)
+        self._unproven.add(peer)
         link.reader = self._tasks.start(self._read(hop, link), "chain-read")
         return None
 
