@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
+from weakref import WeakSet
 
 from ...kernels.chat import ChatTemplate
 from ...kernels.models.config import ModelConfig
@@ -62,6 +63,7 @@ class RemoteModel:
         self._dtype = dtype
         self._ends: LocalEnds | None = None
         self._loading = asyncio.Lock()
+        self._chains: WeakSet[ChainSession] = WeakSet()
         self.last_stats: GenerationStats | None = None
         """Of the generation that ended last."""
 
@@ -273,13 +275,14 @@ class RemoteModel:
                 request=request,
                 view=self._view,
                 row_bytes=self._row_bytes(spec),
-                max_rows=FORWARD_ROWS if output == Output.LOGITS else MAX_ROWS,
+                max_payload=self._max_payload(output),
                 vocab=self.config.vocab_size,
             )
             context = self._context
             chain = ChainSession(context.host, context.router, context.clock, context.tasks, context.repair_timeout_s)
             problems = await chain.open(target, plan)
             if not problems:
+                self._chains.add(chain)
                 return chain, codec
             request = replace(request, deny=request.deny | chain.refusing)
         raise problems[0]
@@ -305,8 +308,14 @@ class RemoteModel:
             case _:
                 return payload_size(codec_at(spec.end, spec.codec, spec.cuts), 1, self.config.hidden_size)
 
+    def _max_payload(self, output: Output) -> int:
+        rows = payload_size(Codec.FP32, MAX_ROWS, self.config.hidden_size)
+        return max(rows, 4 * self.config.vocab_size * FORWARD_ROWS) if output == Output.LOGITS else rows
+
     async def close(self) -> None:
-        """Free what this model holds here: the thread of its own ends."""
+        """End its sessions (whoever waits in one gets SessionClosed) and the thread of its own ends."""
+        for chain in list(self._chains):
+            await chain.close()
         if self._ends is not None:
             self._ends.close()
             self._ends = None
