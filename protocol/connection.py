@@ -185,7 +185,7 @@ class Connection:
         if self._out:
             out, self._out = self._out, b""
             return out
-        if not self.has_output:
+        if self.phase is not Phase.OPEN:
             return None
         if not self._scratch:
             self._scratch = memoryview(bytearray(noise.MAX_PLAINTEXT))

@@ -176,7 +176,8 @@ class Sealer:
         frame = bytearray(2 + size)
         frame[0] = size >> 8
         frame[1] = size & 0xFF
-        self._cipher.encrypt_into(_nonce(self._counter), plain, None, memoryview(frame)[2:])
+        nonce = b"\0\0\0\0" + self._counter.to_bytes(8, "little")
+        self._cipher.encrypt_into(nonce, plain, None, memoryview(frame)[2:])
         self._counter += 1
         return frame
 
@@ -191,7 +192,7 @@ class Opener:
     def open(self, message: bytes | bytearray | memoryview) -> bytes:
         """The plaintext of one Noise message. Raises RemoteProtocolError when it was tampered with."""
         try:
-            plain = self._cipher.decrypt(_nonce(self._counter), message, None)
+            plain = self._cipher.decrypt(b"\0\0\0\0" + self._counter.to_bytes(8, "little"), message, None)
         except InvalidTag:
             raise RemoteProtocolError("a Noise message does not decrypt") from None
         self._counter += 1

@@ -227,7 +227,7 @@ class Session:
             self.drained.append(stream)
         if flags & Flag.FIN:
             self._half_closed(stream)
-        else:
+        elif stream.queued:
             self.schedule(stream)
         return HEADER_SIZE + size
 
@@ -257,19 +257,20 @@ class Session:
                 self._partial = data[offset:]
                 return events
             version, kind, flags, stream_id, length = HEADER.unpack_from(data, offset)
-            self._frame(version, kind, flags, stream_id, length, events)
+            if version:
+                raise RemoteProtocolError(f"yamux version {version} is not supported")
+            if kind <= FrameType.WINDOW:
+                self._stream_frame(kind, flags, stream_id, length, events)
+            else:
+                self._session_frame(kind, flags, length, events)
             offset += HEADER_SIZE
 
-    def _frame(self, version: int, kind: int, flags: int, stream_id: int, length: int, events: list[Event]) -> None:
-        if version:
-            raise RemoteProtocolError(f"yamux version {version} is not supported")
-        if kind == FrameType.DATA or kind == FrameType.WINDOW:
-            self._stream_frame(kind, flags, stream_id, length, events)
-        elif kind == FrameType.PING:
-            self._ping_frame(flags, length, events)
+    def _session_frame(self, kind: int, flags: int, value: int, events: list[Event]) -> None:
+        if kind == FrameType.PING:
+            self._ping_frame(flags, value, events)
         elif kind == FrameType.GO_AWAY:
             self.went_away = True
-            events.append(WentAway(length))
+            events.append(WentAway(value))
         else:
             raise RemoteProtocolError(f"yamux frame type {kind} is not known")
 

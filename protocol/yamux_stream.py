@@ -107,7 +107,7 @@ class MuxStream:
     def want(self, size: int) -> None:
         """A reader waits for `size` bytes (0: none does): grant credit for them."""
         self.wanted = size
-        if size:
+        if size and 2 * self.recv_credit <= self.window:
             self._grant()
 
     def take(self, max_bytes: int) -> bytes:
@@ -124,7 +124,8 @@ class MuxStream:
             self._head = end
         else:
             data = self._join(size)
-        self._grant()
+        if 2 * self.recv_credit <= self.window:
+            self._grant()
         return data
 
     def _join(self, left: int) -> bytes:
@@ -174,13 +175,11 @@ class MuxStream:
                 last += chunk
             else:
                 self._chunks.append(bytearray(chunk))
-        if self.wanted:
+        if self.wanted and 2 * self.recv_credit <= self.window:
             self._grant()
 
     def _grant(self) -> None:
-        """Announce more credit when half the window is free."""
-        if 2 * self.recv_credit > self.window:
-            return
+        """Announce more credit when half the window is free; callers know that half of it is used."""
         free = self.window - self.recv_credit - max(0, self.buffered - self.wanted)
         if 2 * free >= self.window and not (self.remote_fin or self.discarding) and self.reset_by is None:
             self.session.on_half_window(self)

@@ -153,7 +153,8 @@ class MuxedStream:
     async def write(self, *parts: bytes | bytearray | memoryview) -> None:
         """Send the parts in order as one piece; returns when all are framed."""
         mux, wire = self._mux, self._wire
-        self._raise_if_unwritable()
+        if wire.error is not None or mux.reset_by is not None or mux.fin_due or wire.writers:
+            self._raise_if_unwritable()
         if self._prefix:
             parts = (self._prefix, *parts)
             self._prefix = b""
