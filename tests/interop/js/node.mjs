@@ -107,6 +107,8 @@ if (process.argv[2] === 'listen') {
 } else {
   const address = multiaddr(process.argv[3])
   const [what, argument] = process.argv.slice(4)
+  // js identifies by itself, one stream at a time: wait for that instead of asking again
+  const identified = new Promise(resolve => node.addEventListener('peer:identify', event => resolve(event.detail)))
   const connection = await node.dial(address)
   say({ connected: true, encryption: connection.encryption, muxer: connection.multiplexer })
   if (what === 'ping') {
@@ -119,7 +121,7 @@ if (process.argv[2] === 'listen') {
     const done = await Promise.all(Array.from({ length: Number(argument) }, () => oneEcho(address, 1000)))
     say({ streams: done.every(same => same) })
   } else if (what === 'identify') {
-    const found = await node.services.identify.identify(connection)
+    const found = await identified
     say({
       id: found.peerId.toString(),
       agent: found.agentVersion,
