@@ -9,6 +9,9 @@ A repair replaces dead hops by fresh ones and touches nobody else but their neig
   survivor before it    Rewire: new next hop; it replays its log to it (the client does, if the first hop is fresh)
   survivor after it     Rewire: new previous hop, and truncations that may have died with the old one
 
+Two hops that cannot reach each other, though the client reaches both, are relayed: the sender's rows go to the client
+over its control stream, and from there to the receiver over its own.
+
 All of it under a new epoch, after which the client just goes on waiting for the result it was waiting for.
 """
 
@@ -16,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 from .errors import LocalProtocolError, RemoteProtocolError
 from .messages import Data, Kind, Open, Output, Result, Rewire, Truncate, Want
@@ -88,6 +92,8 @@ class ChainMachine:
         self.spec = spec
         self.epoch = 0
         self.hops = _contiguous(spec, hops)
+        self.relayed: set[tuple[Hop, Hop]] = set()
+        """Neighbours between which the client passes rows on."""
         self._lanes = [_Lane() for _ in range(spec.lanes)]
 
     def position(self, lane: int = 0) -> int:
@@ -171,6 +177,7 @@ class ChainMachine:
         before, self.hops = self.hops, _contiguous(self.spec, hops)
         self.epoch += 1
         fresh = {hop for hop in self.hops if hop not in before}
+        self.relayed &= set(pairwise(self.hops))
         if self.hops[0] in fresh:
             self._replay_from_client()
         opens = [(hop, self._open(index, fresh)) for index, hop in enumerate(self.hops) if hop in fresh]
@@ -179,9 +186,28 @@ class ChainMachine:
             for index, hop in enumerate(self.hops)
             if hop not in fresh and (rewire := self._rewire(index, before, fresh)) is not None
         ]
-        if any(lane.replay_epoch for lane in self._lanes):
-            self.replay()  # the one under way may have died with a hop
+        self._replay_again()
         return Repair(tuple(opens), tuple(reversed(rewires)))
+
+    def relay(self, sender: Hop, receiver: Hop) -> Repair:
+        """Pass on the rows between two neighbours from now on. Raises LocalProtocolError if they are none."""
+        index = self.hops.index(sender) if sender in self.hops else -1
+        if not 0 <= index < len(self.hops) - 1 or self.hops[index + 1] is not receiver:
+            raise LocalProtocolError("only neighbours in the chain can be relayed")
+        self.relayed.add((sender, receiver))
+        self.epoch += 1
+        rewires = (
+            (receiver, self._neighbour(index + 1, set_prev=True, set_next=False, resume=False)),
+            (sender, self._neighbour(index, set_prev=False, set_next=True, resume=False)),
+        )
+        self._replay_again()
+        return Repair((), rewires)
+
+    def relay_target(self, sender: Hop) -> Hop | None:
+        """The hop to pass this one's rows on to; None if the two have parted since."""
+        index = self.hops.index(sender) if sender in self.hops else len(self.hops)
+        following = self.hops[index + 1] if index + 1 < len(self.hops) else None
+        return following if following is not None and (sender, following) in self.relayed else None
 
     def replay(self) -> None:
         """A server dropped its log: feed everything again from the tokens, under a new epoch.
@@ -192,6 +218,11 @@ class ChainMachine:
         for lane in self._lanes:
             lane.replay_epoch = self.epoch
         self._replay_from_client()
+
+    def _replay_again(self) -> None:
+        """A replay under way may have died with a hop, or would come under an epoch that rewires have used since."""
+        if any(lane.replay_epoch for lane in self._lanes):
+            self.replay()
 
     def _replay_from_client(self) -> None:
         for lane in self._lanes:
@@ -209,22 +240,46 @@ class ChainMachine:
         new_prev = self.hops[index - 1] if index else None
         if new_next is old_next and new_prev is old_prev:
             return None
+        return self._neighbour(
+            index,
+            set_prev=new_prev is not old_prev,
+            set_next=new_next is not old_next,
+            resume=self._resume(index, fresh),
+        )
+
+    def _neighbour(self, index: int, *, set_prev: bool, set_next: bool, resume: bool) -> Rewire:
+        """Tell a hop its neighbours, and what it must know beside to go on with them."""
+        following, relay = self._next(index)
         return Rewire(
             epoch=self.epoch,
-            set_prev=new_prev is not old_prev,
-            prev=new_prev.peer if new_prev else b"",
-            set_next=new_next is not old_next,
-            next=new_next.peer if new_next else b"",
-            next_addresses=new_next.addresses if new_next else (),
+            set_prev=set_prev,
+            prev=self._prev(index),
+            set_next=set_next,
+            next=following.peer if following else b"",
+            next_addresses=following.addresses if following else (),
             acked=self._acked(),
-            resume=self._resume(index, fresh),
+            resume=resume,
             cut_epochs=tuple(lane.epoch for lane in self._lanes),
             cuts=tuple(lane.cut for lane in self._lanes),
+            relay=relay,
         )
+
+    def _prev(self, index: int) -> bytes:
+        """Who sends to a hop: the one before it, or the client (empty)."""
+        if index == 0 or (self.hops[index - 1], self.hops[index]) in self.relayed:
+            return b""
+        return self.hops[index - 1].peer
+
+    def _next(self, index: int) -> tuple[Hop | None, bool]:
+        """Whom a hop sends to (None: the client), and whether the client is to pass that on."""
+        if index + 1 == len(self.hops):
+            return None, False
+        following = self.hops[index + 1]
+        return (None, True) if (self.hops[index], following) in self.relayed else (following, False)
 
     def _open(self, index: int, fresh: set[Hop]) -> Open:
         hop, last = self.hops[index], index + 1 == len(self.hops)
-        following = None if last else self.hops[index + 1]
+        following, relay = self._next(index)
         return Open(
             session=self.spec.session,
             digest=self.spec.digest,
@@ -235,9 +290,10 @@ class ChainMachine:
             lanes=self.spec.lanes,
             max_length=self.spec.max_length,
             epoch=self.epoch,
-            prev=self.hops[index - 1].peer if index else b"",
+            prev=self._prev(index),
             next=following.peer if following else b"",
             next_addresses=following.addresses if following else (),
+            relay=relay,
             acked=self._acked() if self.epoch else (),
             resume=self._resume(index, fresh),
             embed=self.spec.embed and index == 0,

@@ -98,6 +98,8 @@ class Open(Message, kind=1):
     """Refuse unless this is the server's compute class; empty: any."""
     sampling: bytes = blob(18, high=1024, default=b"")
     """Sampling parameters (protocol/sampling.py), for a tail that samples."""
+    relay: bool = flag(19, default=False)
+    """Rows for the next hop go to the opener, who passes them on: the two hops cannot reach each other."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,6 +193,8 @@ class Rewire(Message, kind=8):
     """Per lane, the epoch of the last truncation, which may have died with the old previous hop."""
     cuts: tuple[int, ...] = integers(10, high=MAX_POSITION, most=MAX_LANES, default=())
     """Per lane, the length it was truncated to."""
+    relay: bool = flag(11, default=False)
+    """With set_next: rows for the next hop go to the opener, as in Open."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -257,7 +261,9 @@ class Close(Message, kind=16):
 
 TO_SERVER: Final = Catalogue(Open, Attach, Data, Truncate, Rewire, Probe, Close)
 TO_PREVIOUS: Final = Catalogue(Attached, Refused)
-TO_CLIENT: Final = Catalogue(Opened, Refused, Data, Result, HopFailed, LogGone, NeedReplay, Progress, Failed, Draining)
+TO_CLIENT: Final = Catalogue(
+    Opened, Refused, Data, Truncate, Result, HopFailed, LogGone, NeedReplay, Progress, Failed, Draining
+)
 
 
 # The model protocol: a peer hands out the manifest of a model it serves, config and tokenizer within, by digest.

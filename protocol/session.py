@@ -87,6 +87,8 @@ class SessionMachine:
         self.opener = opener
         self.prev = open_.prev or opener
         self.next = open_.next
+        self.relay = open_.relay
+        """Rows for the next hop go over the opener."""
         self.next_addresses = open_.next_addresses
         self.epoch = open_.epoch
         self._row_bytes = payload_size(codec_at(self.start, self.codec, open_.cuts), 1, hidden)
@@ -100,7 +102,7 @@ class SessionMachine:
     @property
     def is_tail(self) -> bool:
         """Results go to the client, not to a next hop."""
-        return not self.next
+        return not self.next and not self.relay
 
     @property
     def log_bytes(self) -> int:
@@ -214,7 +216,7 @@ class SessionMachine:
             self.prev = rewire.prev or self.opener
         self._catch_up_on_truncations(rewire)
         if rewire.set_next:
-            self.next, self.next_addresses = rewire.next, rewire.next_addresses
+            self.next, self.next_addresses, self.relay = rewire.next, rewire.next_addresses, rewire.relay
             self.next_known = not rewire.resume
             for lane in self._lanes:
                 lane.floor = MAX_POSITION

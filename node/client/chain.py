@@ -215,10 +215,11 @@ class ChainSession:
         reason = "it ended the session"
         try:
             while (frame := await link.frames.receive()) is not None:
-                if isinstance(frame[0], Data | Truncate):
-                    await self._pass_on(hop, *frame)
+                message, payload = frame
+                if isinstance(message, Data | Truncate):
+                    await self._pass_on(hop, message, payload)
                 else:
-                    self._on_message(hop, link, *frame)
+                    self._on_message(hop, link, message, payload)
         except (OSError, ProtocolError) as exc:
             reason = str(exc) or type(exc).__name__
         self._fail(hop, reason)
@@ -292,17 +293,18 @@ class ChainSession:
         logger.info("%s cannot reach %s (%s): rows between them go over this node", *(p.short for p in peers), reason)
         self._router.metrics.observe_relayed(*peers, self._clock.now())
         await self._tell(self._machine.relay(sender, receiver).rewires)
+        self._have_rows.set()
 
     async def _pass_on(self, sender: Hop, message: Data | Truncate, payload: bytes) -> None:
         """Rows between two hops that cannot reach each other."""
-        pair = next((pair for pair in self._machine.relayed if pair[0] is sender), None)
-        link = self._links.get(pair[1]) if pair else None
-        if pair is None or link is None:
+        receiver = self._machine.relay_target(sender)
+        link = self._links.get(receiver) if receiver else None
+        if receiver is None or link is None:
             return
         try:
             await link.frames.send(message, payload)
         except OSError as exc:
-            self._fail(pair[1], str(exc) or type(exc).__name__)
+            self._fail(receiver, str(exc) or type(exc).__name__)
 
     # Failures and their repair.
 

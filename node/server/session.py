@@ -233,7 +233,11 @@ class ServerSession:
         assert self._tasks is not None
         if self._next_hop is not None:
             self._next_hop.cancel()
-        self._next_hop = None if self.machine.is_tail else self._tasks.create_task(self._feed_next_hop())
+        if self.machine.is_tail:
+            self._next_hop = None
+        else:
+            feed = self._write_rows(self._control) if self.machine.relay else self._feed_next_hop()
+            self._next_hop = self._tasks.create_task(feed)
 
     async def _feed_next_hop(self) -> None:
         """Send rows to the next hop as they come. A broken hop is the client's to repair; this task just ends."""
