@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Final, Self
 
 from ..protocol.errors import ConfigError
 from ..protocol.sampling import SamplingParams
+from .allocator import keep_freed_memory
 from .config import NodeConfig
 from .console import Console, milliseconds
 from .entrance import entrance
@@ -35,6 +36,7 @@ _PRIVACY: Final = (
 
 def run(work: Coroutine[object, object, int]) -> int:
     """Run a command on uvloop where it is installed."""
+    keep_freed_memory()
     try:
         from uvloop import new_event_loop
     except ImportError:

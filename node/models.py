@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from ..kernels.models.config import ModelConfig
-from ..kernels.tokenizer import Tokenizer
 from ..protocol.errors import (
     CorruptCheckpoint,
     ModelNotFound,
@@ -33,6 +32,7 @@ from .transport.base import Stream
 
 if TYPE_CHECKING:
     from ..kernels.loading.checkpoint import Checkpoint
+    from ..kernels.tokenizer import Tokenizer
 
 FETCH_S: Final = 60.0
 MAX_MODELS: Final = 64
@@ -192,4 +192,6 @@ def _model(data: bytes, digest: bytes) -> Model:
 
 
 def _tokenizer(manifest: Manifest) -> Tokenizer | None:
+    from ..kernels.tokenizer import Tokenizer  # 10 MB that a node of the DHT alone never needs
+
     return Tokenizer(manifest.file(TOKENIZER_FILE)) if manifest.has_file(TOKENIZER_FILE) else None

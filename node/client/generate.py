@@ -11,7 +11,6 @@ from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-from ...kernels.tokenizer import TextStream, Tokenizer
 from ...protocol.messages import Output, Result, Want
 from ...protocol.sampling import SamplingParams
 from ...protocol.tensors import Codec
@@ -19,6 +18,7 @@ from ..clock import Clock
 from .chain import ChainSession
 
 if TYPE_CHECKING:
+    from ...kernels.tokenizer import TextStream, Tokenizer
     from .local import LocalEnds
 
 PREFILL_ROWS: Final = 128
@@ -132,6 +132,8 @@ class Generation:
 
     async def pieces(self, prompt: Sequence[int], began: float) -> AsyncGenerator[Piece, None]:
         """Generate after `prompt`. The caller closes the chain."""
+        from ...kernels.tokenizer import TextStream
+
         stream = TextStream(self._tokenizer, prompt, self._stops)
         history = list(prompt)
         await self._prefill(prompt)

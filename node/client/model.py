@@ -9,9 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 from weakref import WeakSet
 
-from ...kernels.chat import ChatTemplate
 from ...kernels.models.config import ModelConfig
-from ...kernels.tokenizer import Tokenizer
 from ...protocol.chain import ChainSpec
 from ...protocol.errors import ConfigError, NoRoute, Refused, SwarmError, UnsupportedModel
 from ...protocol.ids import PeerId
@@ -32,6 +30,7 @@ from .session import HiddenSession
 if TYPE_CHECKING:
     import torch
 
+    from ...kernels.tokenizer import Tokenizer
     from .local import LocalEnds
 
 AUTO_WIRE: Final = "auto"
@@ -91,6 +90,8 @@ class RemoteModel:
 
     def render_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """Token ids of a conversation by the model's own chat template. Raises ConfigError if it has none."""
+        from ...kernels.chat import ChatTemplate  # jinja2 is loaded here, not before
+
         source = self._model.chat_template
         if source is None:
             raise ConfigError(f"{self.name} has no chat template: it is a base model; use generate, or chat --raw")
