@@ -104,7 +104,18 @@ class Run:
 def generate(peer: str, env: dict[str, str], on_half: tuple[int, list[Server]] | None = None) -> Run:
     """Stream a generation to the screen. `on_half`: after so many bytes, kill the busiest of these servers."""
     say(f'\n$ swarmnode generate "{PROMPT}" --max-new-tokens {TOKENS} --stats --peer …{peer[-6:]}')
-    command = [SWARMNODE, "generate", PROMPT, "--max-new-tokens", str(TOKENS), "--stats", "--peer", peer]
+    command = [
+        SWARMNODE,
+        "generate",
+        PROMPT,
+        "--max-new-tokens",
+        str(TOKENS),
+        "--stats",
+        "--wire",
+        "bf16",
+        "--peer",
+        peer,
+    ]
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     before = {server: server.cpu_s() for server in on_half[1]} if on_half else {}
     text = b""
