@@ -103,7 +103,7 @@ class Run:
 
 def generate(peer: str, env: dict[str, str], on_half: tuple[int, list[Server]] | None = None) -> Run:
     """Stream a generation to the screen. `on_half`: after so many bytes, kill the busiest of these servers."""
-    say(f'\n$ swarmnode generate "{PROMPT}" --max-new-tokens {TOKENS} --stats --peer …{peer[-6:]}')
+    say(f'\n$ swarmnode generate "{PROMPT}" --max-new-tokens {TOKENS} --stats --wire bf16 --peer …{peer[-6:]}')
     command = [
         SWARMNODE,
         "generate",
