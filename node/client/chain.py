@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Final
 
 from ...protocol.chain import ChainMachine, ChainSpec, Hop
@@ -25,7 +24,6 @@ from ...protocol.messages import (
     LogGone,
     NeedReplay,
     Open,
-    Output,
     Probe,
     Progress,
     Result,
@@ -37,13 +35,14 @@ from ...protocol.wire import Message
 from ...routing.cost import CostTerms
 from ...routing.planner import Hop as PlannedHop
 from ...routing.planner import Plan, PlanRequest
-from ...routing.swarm import SwarmView
 from ..clock import Clock
 from ..host import Host
 from ..tasks import Supervisor
 from .link import HopRefused, Link, open_link
 from .patience import Patience
 from .router import Router
+from .suspicion import holdup, investigate
+from .target import Target, new_session_id
 
 logger = logging.getLogger(__name__)
 
@@ -53,28 +52,6 @@ FRUITLESS_REPAIRS: Final = 8
 """Repairs without any result between them before a client may give up: what takes over breaks as well."""
 STUCK_PROBES: Final = 3
 """Probes in a row without any progress before the hop that holds things up is replaced."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Target:
-    """What a chain runs: the session's constants, the plan it needs, and a way to see who serves the model."""
-
-    spec: ChainSpec
-    request: PlanRequest
-    view: Callable[[bool], Awaitable[SwarmView]]
-    """Called with True to ask the swarm anew."""
-    row_bytes: int
-    """Payload of a result per row wanted; 0 where results are token ids."""
-    max_payload: int
-    """Largest frame a hop may rightly send: a result, or rows to pass on."""
-    vocab: int
-    """Token ids are below this."""
-
-    def fits(self, result: Result, payload: bytes) -> bool:
-        """Whether a result has the form it must have."""
-        rows = {Want.NOTHING: 0, Want.LAST: 1, Want.ALL: result.count}[Want(result.want)]
-        token = rows == 0 or self.spec.output != Output.TOKEN or 0 <= result.token < self.vocab
-        return len(payload) == rows * self.row_bytes and token
 
 
 class ChainSession:
@@ -457,33 +434,15 @@ class ChainSession:
         if self._repairing or self._error is not None:
             return 0
         links = dict(self._links)
-        before = {hop: link.progress for hop, link in links.items()}
-        silent = await self._probe(links)
+        silent, moved = await investigate(links, self._patience.probe_s(self._rtt_s()))
         for hop in silent:
             self._fail(hop, "it does not answer")
-        moved = any(_rows(links[hop].progress) != _rows(before[hop]) for hop in links)
         if silent or moved:
             return 0
         if probes + 1 >= STUCK_PROBES:
-            self._fail(self._holdup(links), "it is stuck")
+            self._fail(holdup(self._machine, links), "it is stuck")
             return 0
         return probes + 1
-
-    async def _probe(self, links: dict[Hop, Link]) -> list[Hop]:
-        """Hops that do not answer."""
-        wait_s = self._patience.probe_s(self._rtt_s())
-        answers = await asyncio.gather(*(link.probe(Probe(nonce=1), wait_s) for link in links.values()))
-        return [hop for hop, answered in zip(links, answers, strict=True) if not answered]
-
-    def _holdup(self, links: dict[Hop, Link]) -> Hop:
-        """The first hop that has rows it has not passed on, or lacks rows the one before has sent."""
-        sent = tuple(self._machine.position(lane) for lane in range(self._target.spec.lanes))
-        for hop in self._machine.hops:
-            progress = links[hop].progress if hop in links else None
-            if progress is None or progress.computed != sent:
-                return hop
-            sent = progress.computed
-        return self._machine.hops[-1]
 
     # Between planner and protocol.
 
@@ -502,16 +461,7 @@ class ChainSession:
         )
 
 
-def new_session_id() -> bytes:
-    """16 random bytes: a session's name, and what a previous hop must know to attach to it."""
-    return secrets.token_bytes(16)
-
-
 def _planned(hop: Hop) -> PlannedHop:
     return PlannedHop(
         peer=PeerId(hop.peer), start=hop.start, end=hop.end, compute_class=hop.compute_class, terms=CostTerms()
     )
-
-
-def _rows(progress: Progress | None) -> object:
-    return None if progress is None else (progress.received, progress.computed, progress.sent)

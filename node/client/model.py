@@ -22,10 +22,11 @@ from ..clock import Clock
 from ..host import Host
 from ..models import Model
 from ..tasks import Supervisor
-from .chain import ChainSession, Target, new_session_id
+from .chain import ChainSession
 from .generate import FORWARD_ROWS, Ends, Generation, GenerationStats, Piece
 from .router import Router
 from .session import HiddenSession
+from .target import Target, new_session_id
 
 if TYPE_CHECKING:
     import torch
