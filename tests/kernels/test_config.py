@@ -78,9 +78,7 @@ def test_yarn_attention_factor_is_resolved():
 def test_windows_of_the_llama_variations():
     mistral = ModelConfig.from_hf({**LLAMA, "model_type": "mistral", "sliding_window": 8})
     assert mistral.sliding_blocks == (True, True)
-    assert (
-        ModelConfig.from_hf({**LLAMA, "model_type": "mistral", "sliding_window": None}).sliding_window is None
-    )
+    assert ModelConfig.from_hf({**LLAMA, "model_type": "mistral", "sliding_window": None}).sliding_window is None
     qwen = {**LLAMA, "model_type": "qwen2", "sliding_window": 8, "max_window_layers": 1}
     assert ModelConfig.from_hf(qwen).sliding_window is None
     assert ModelConfig.from_hf({**qwen, "use_sliding_window": True}).sliding_blocks == (False, True)
