@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,24 @@ MAX_MODELS: Final = 64
 REQUEST_S: Final = 10.0
 
 
+class TokenizerOnce:
+    """A model's tokenizer, made when first asked for: a server never needs it, and Gemma's takes a second to parse."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self._manifest = manifest
+        self._made: Tokenizer | None = None
+        self._making = threading.Lock()
+
+    def get(self) -> Tokenizer:
+        """The tokenizer. Raises CorruptCheckpoint. May be called on any thread."""
+        from ..kernels.tokenizer import Tokenizer  # 10 MB that a node of the DHT alone never needs
+
+        with self._making:
+            if self._made is None:
+                self._made = Tokenizer(self._manifest.file(TOKENIZER_FILE))
+            return self._made
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
     """A model this node knows: what it is, and its weights if they are here."""
@@ -48,8 +67,8 @@ class Model:
     digest: bytes
     config: ModelConfig
     manifest: Manifest
-    tokenizer: Tokenizer | None
-    """None if the checkpoint came without one: hidden states only."""
+    text: TokenizerOnce | None
+    """Its tokenizer, made when first used. None if the checkpoint came without one: hidden states only."""
     checkpoint: Checkpoint | None = None
 
     @property
@@ -101,7 +120,7 @@ class Models:
             digest=manifest.digest,
             config=checkpoint.config,
             manifest=manifest,
-            tokenizer=_tokenizer(manifest),
+            text=_text(manifest),
             checkpoint=checkpoint,
         )
 
@@ -188,10 +207,8 @@ def _model(data: bytes, digest: bytes) -> Model:
         config = ModelConfig.from_json(manifest.config)
     except CorruptCheckpoint as exc:
         raise RemoteProtocolError(f"the manifest's config is no model config: {exc}") from exc
-    return Model(name=manifest.name, digest=digest, config=config, manifest=manifest, tokenizer=_tokenizer(manifest))
+    return Model(name=manifest.name, digest=digest, config=config, manifest=manifest, text=_text(manifest))
 
 
-def _tokenizer(manifest: Manifest) -> Tokenizer | None:
-    from ..kernels.tokenizer import Tokenizer  # 10 MB that a node of the DHT alone never needs
-
-    return Tokenizer(manifest.file(TOKENIZER_FILE)) if manifest.has_file(TOKENIZER_FILE) else None
+def _text(manifest: Manifest) -> TokenizerOnce | None:
+    return TokenizerOnce(manifest) if manifest.has_file(TOKENIZER_FILE) else None

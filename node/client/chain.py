@@ -93,6 +93,7 @@ class ChainSession:
         if problems:
             await self.close()
         else:
+            logger.info("session %s opened over %s", target.spec.session.hex()[:8], " -> ".join(self.route))
             self._start()
         return problems
 

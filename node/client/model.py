@@ -84,10 +84,10 @@ class RemoteModel:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """Text to ids and back. Raises UnsupportedModel for a model that came without."""
-        if self._model.tokenizer is None:
+        """Text to ids and back; made on first use, in about a second. Raises UnsupportedModel if there is none."""
+        if self._model.text is None:
             raise UnsupportedModel(f"{self.name} came without a tokenizer: feed token ids to session() or forward()")
-        return self._model.tokenizer
+        return self._model.text.get()
 
     def render_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """Token ids of a conversation by the model's own chat template. Raises ConfigError if it has none."""
@@ -117,7 +117,8 @@ class RemoteModel:
         serves the blocks, ServerFailed when a dead server could not be replaced (what came before stays yours).
         """
         began = self._context.clock.now()
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        tokenizer = await asyncio.to_thread(lambda: self.tokenizer)
+        ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         self._check_prompt(ids, max_new_tokens)
         params = sampling or SamplingParams()
         stats = GenerationStats(prompt_tokens=len(ids))
@@ -130,7 +131,7 @@ class RemoteModel:
         generation = Generation(
             chain,
             Ends(codec, output, params, self.config.vocab_size, local),
-            self.tokenizer,
+            tokenizer,
             self._context.clock,
             eos=self.config.eos_token_ids,
             stops=stop,

@@ -148,7 +148,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="small swarms only")
     if parser.parse_args().quick:
-        planning(100, 12, {"textbook", "networkx"})
+        planning(300, 12, {"textbook", "networkx"})
         return
     planning(1000, 12, {"textbook", "networkx"})
     planning(1000, 40, {"textbook"})
