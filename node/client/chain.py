@@ -124,7 +124,7 @@ class ChainSession:
         """Send rows down the chain, as fast as the first hop takes them; returns the position of the first."""
         self._check()
         position = self._machine.feed(payload, count, want, lane)
-        self._patience.began(self._clock.now())
+        self._patience.began(self._clock.now(), count)
         self._have_rows.set()
         return position
 

@@ -20,28 +20,32 @@ PROBE_S: Final = 0.5
 
 
 class Patience:
-    """Learns step times; says when to grow suspicious."""
+    """Learns step times; says when to grow suspicious. Steps are compared with steps of about as many rows."""
 
     def __init__(self) -> None:
-        self._steps: deque[float] = deque(maxlen=RECENT)
+        self._steps: dict[int, deque[float]] = {}
+        """By the bits of the number of rows."""
         self._began: float | None = None
+        self._rows = 0
 
-    def began(self, now: float) -> None:
-        """Rows were fed."""
+    def began(self, now: float, rows: int) -> None:
+        """Rows were fed; those of several frames before a result are one step."""
+        self._rows = rows if self._began is None else self._rows + rows
         self._began = now
 
     def ended(self, now: float) -> None:
         """Their result came."""
         if self._began is not None:
-            self._steps.append(now - self._began)
+            self._steps.setdefault(self._rows.bit_length(), deque(maxlen=RECENT)).append(now - self._began)
             self._began = None
 
     def deadline_s(self, rtt_s: float) -> float:
         """Time to wait for a result. The first steps of a session have nothing to compare with: wait long."""
-        if len(self._steps) < 2:
+        steps = self._steps.get(self._rows.bit_length(), ())
+        if len(steps) < 2:
             return MOST_S
         floor = max(LAN_S, 2 * rtt_s + WAN_S if rtt_s > LAN_S / 10 else LAN_S)
-        return min(MOST_S, max(floor, FACTOR * max(self._steps)))
+        return min(MOST_S, max(floor, FACTOR * max(steps)))
 
     def probe_s(self, rtt_s: float) -> float:
         """Time to wait for the answer to a probe."""
