@@ -48,6 +48,8 @@ logger = logging.getLogger(__name__)
 
 RETRY_S: Final = 0.2
 """Pause between looks for a replacement when nobody has the blocks."""
+_NOBODY: Final = PeerId(b"\x00\x06nobody")
+"""Stands for a failed server in a plan that may choose it again."""
 FRUITLESS_REPAIRS: Final = 8
 """Repairs without any result between them before a client may give up: what takes over breaks as well."""
 STUCK_PROBES: Final = 3
@@ -314,42 +316,47 @@ class ChainSession:
     async def _repair(self) -> None:
         """Replace hops until none has failed. Raises ServerFailed when time is up."""
         began = self._clock.now()
-        fresh = False
+        again = False
         while self._bad_hops():
-            await self._pace()
+            await self._pace(again)
             try:
-                hops, session = await self._replace(self._bad_hops(), fresh)
+                hops, session = await self._replace(self._bad_hops(), again)
             except NoRoute as exc:
                 if not self._failed:
                     self._leaving.clear()  # nobody else has the blocks: stay as long as it stays
                     return
                 if self._clock.now() - began > self._repair_timeout_s:
                     raise self._gave_up(str(exc)) from exc
-                fresh = True
-                await asyncio.sleep(RETRY_S)
+                again = True
                 continue
             await self._go_over(hops, session)
 
-    async def _pace(self) -> None:
+    async def _pace(self, again: bool) -> None:
         """Servers that open sessions only to break them must keep us busy neither all the time nor for ever."""
         if self._fruitless < FRUITLESS_REPAIRS:
+            await asyncio.sleep(RETRY_S if again else 0)
             return
         if self._down_since is not None and self._clock.now() - self._down_since > self._repair_timeout_s:
-            raise self._gave_up(f"{self._fruitless} servers took over and failed as well")
+            raise self._gave_up("Who took over failed as well: start another server of these blocks")
         await asyncio.sleep(RETRY_S)
 
     def _bad_hops(self) -> list[Hop]:
         return [hop for hop in self._machine.hops if hop in self._failed or hop in self._leaving]
 
     def _gave_up(self, cause: str) -> ServerFailed:
-        reasons = "; ".join(f"{PeerId(hop.peer).short}: {why}" for hop, why in self._failed.items())
-        return ServerFailed(f"no replacement within {self._repair_timeout_s:.0f} s for {reasons}. {cause}")
+        reasons = "; ".join(
+            f"{PeerId(hop.peer).short} (blocks {hop.start}:{hop.end}): {why}" for hop, why in self._failed.items()
+        )
+        return ServerFailed(f"no replacement within {self._repair_timeout_s:g} s for {reasons}. {cause}")
 
-    async def _replace(self, bad: Sequence[Hop], fresh: bool) -> tuple[list[Hop], bytes | None]:
-        """The chain with its bad hops planned anew. A wholly new chain comes with a new session id."""
-        view = await self._target.view(fresh)
-        chain = [_planned(hop) for hop in self._machine.hops]
-        peers = {PeerId(hop.peer) for hop in bad}
+    async def _replace(self, bad: Sequence[Hop], again: bool) -> tuple[list[Hop], bytes | None]:
+        """The chain with its bad hops planned anew. A wholly new chain comes with a new session id.
+
+        `again`: nobody else had the blocks, so the swarm is asked anew and who failed may have come back.
+        """
+        view = await self._target.view(again)
+        chain = [_planned(hop, _NOBODY if again and hop in self._failed else None) for hop in self._machine.hops]
+        peers = {planned.peer for hop, planned in zip(self._machine.hops, chain, strict=True) if hop in bad}
         repairs = self._router.repair(chain, peers, view, self._request())
         hops: list[Hop] = []
         for hop in self._machine.hops:
@@ -462,7 +469,6 @@ class ChainSession:
         )
 
 
-def _planned(hop: Hop) -> PlannedHop:
-    return PlannedHop(
-        peer=PeerId(hop.peer), start=hop.start, end=hop.end, compute_class=hop.compute_class, terms=CostTerms()
-    )
+def _planned(hop: Hop, instead: PeerId | None) -> PlannedHop:
+    peer = instead or PeerId(hop.peer)
+    return PlannedHop(peer=peer, start=hop.start, end=hop.end, compute_class=hop.compute_class, terms=CostTerms())

@@ -233,6 +233,25 @@ async def test_the_client_waits_for_a_server_that_joins_later(checkpoints, tmp_p
         await swarm.settled()
 
 
+async def test_a_server_that_comes_back_replaces_itself(checkpoints, tmp_path):
+    """With the same identity, at another address: what a process that restarts looks like."""
+    async with TinySwarm(tmp_path, checkpoints["llama"], repair_timeout_s=20) as swarm:
+        await swarm.serve(0, 1)
+        await swarm.serve(1, 2, identity=tmp_path / "key")
+        await swarm.serve(2, 3)
+        model = await swarm.model()
+        expected = await write(model)
+        joining = []
+
+        async def restart():
+            await swarm.kill(swarm.serving(1))
+            joining.append(asyncio.create_task(swarm.serve(1, 2, identity=tmp_path / "key")))
+
+        assert await write(model, at=10, do=restart) == expected
+        await joining[0]
+        await swarm.settled()
+
+
 async def test_many_generations_lose_the_same_server(swarm):
     models = [await swarm.model(local_ends=number % 2 == 0) for number in range(4)]
     prompts = [PROMPT[: 5 + 3 * number] for number in range(8)]
@@ -341,7 +360,7 @@ async def test_servers_that_take_over_only_to_fail_are_given_up(checkpoints, tmp
         model = await swarm.model()
         for node in servers_of(swarm, 1):
             bend(node, nothing)
-        with pytest.raises(ServerFailed, match="took over"):
+        with pytest.raises(ServerFailed, match="took over failed"):
             await write(model)
         assert model.last_stats.repairs <= FRUITLESS_REPAIRS + 1 + 0.5 / RETRY_S
         await swarm.settled()
