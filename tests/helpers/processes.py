@@ -62,6 +62,15 @@ class Process:
         self._stderr.seek(0)
         return self._stderr.read()
 
+    def says(self, text: str) -> None:
+        """Wait until it has written this on stderr."""
+        for _ in range(READY_S * 20):
+            if text in self.stderr():
+                return
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.child.wait(0.05)
+        raise AssertionError(f"no {text!r} in {self.stderr()!r}")
+
     def kill(self, how: signal.Signals = signal.SIGKILL) -> None:
         """Send a signal; SIGKILL also reaps."""
         with contextlib.suppress(ProcessLookupError):
