@@ -98,7 +98,7 @@ def rows(with_transformers: bool = True) -> list[tuple[str, float]]:
     try:
         with tempfile.TemporaryDirectory() as name:
             home = Path(name)
-            cache = Path(name) / "cache" / "swarmnode"
+            cache = Path(name) / "cache"
             env = environment(home, home / "cache")
             found = [("our engine, plain loop", engine_rate(cache))]
             if with_transformers:
