@@ -104,6 +104,11 @@ class ChainSession:
         self._repairer = self._tasks.start(self._repair_forever(), "chain-repair")
 
     @property
+    def failed(self) -> set[PeerId]:
+        """Servers of the chain that declined or failed and were not replaced."""
+        return {PeerId(hop.peer) for hop in self._failed}
+
+    @property
     def hops(self) -> tuple[Hop, ...]:
         """The chain as it is now."""
         return self._machine.hops
@@ -316,25 +321,26 @@ class ChainSession:
     async def _repair(self) -> None:
         """Replace hops until none has failed. Raises ServerFailed when time is up."""
         began = self._clock.now()
-        again = False
+        forgive = False
         while self._bad_hops():
-            await self._pace(again)
+            await self._pace(forgive)
             try:
-                hops, session = await self._replace(self._bad_hops(), again)
+                hops, session = await self._replace(self._bad_hops(), forgive)
             except NoRoute as exc:
                 if not self._failed:
                     self._leaving.clear()  # nobody else has the blocks: stay as long as it stays
                     return
                 if self._clock.now() - began > self._repair_timeout_s:
                     raise self._gave_up(str(exc)) from exc
-                again = True
+                forgive = True
                 continue
+            forgive = False
             await self._go_over(hops, session)
 
-    async def _pace(self, again: bool) -> None:
+    async def _pace(self, forgive: bool) -> None:
         """Servers that open sessions only to break them must keep us busy neither all the time nor for ever."""
         if self._fruitless < FRUITLESS_REPAIRS:
-            await asyncio.sleep(RETRY_S if again else 0)
+            await asyncio.sleep(RETRY_S if forgive else 0)
             return
         if self._down_since is not None and self._clock.now() - self._down_since > self._repair_timeout_s:
             raise self._gave_up("Who took over failed as well: start another server of these blocks")
@@ -349,15 +355,18 @@ class ChainSession:
         )
         return ServerFailed(f"no replacement within {self._repair_timeout_s:g} s for {reasons}. {cause}")
 
-    async def _replace(self, bad: Sequence[Hop], again: bool) -> tuple[list[Hop], bytes | None]:
+    async def _replace(self, bad: Sequence[Hop], forgive: bool, fresh: bool = False) -> tuple[list[Hop], bytes | None]:
         """The chain with its bad hops planned anew. A wholly new chain comes with a new session id.
 
-        `again`: nobody else had the blocks, so the swarm is asked anew and who failed may have come back.
+        From memory if it can be; the swarm is asked before a server is tried that failed lately (`fresh`). `forgive`:
+        nobody else had the blocks, so the swarm is asked anew and who failed just now may have come back.
         """
-        view = await self._target.view(again)
-        chain = [_planned(hop, _NOBODY if again and hop in self._failed else None) for hop in self._machine.hops]
+        view = await self._target.view(fresh or forgive)
+        chain = [_planned(hop, _NOBODY if forgive and hop in self._failed else None) for hop in self._machine.hops]
         peers = {planned.peer for hop, planned in zip(self._machine.hops, chain, strict=True) if hop in bad}
         repairs = self._router.repair(chain, peers, view, self._request())
+        if any(repair.banned_used for repair in repairs) and not (fresh or forgive):
+            return await self._replace(bad, forgive, fresh=True)
         hops: list[Hop] = []
         for hop in self._machine.hops:
             repair = next((r for r in repairs if r.start <= hop.start < r.end), None)
