@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
@@ -38,7 +39,10 @@ AUTO_WIRE: Final = "auto"
 HOP_BYTES: Final = 14_480
 """One initial congestion window: a token's frame beyond it costs a second round trip after idle."""
 FRAME_OVERHEAD: Final = 100
-OPEN_ATTEMPTS: Final = 8
+OPEN_ATTEMPTS: Final = 64
+"""Chains to try before giving up; each failure teaches which server to go round."""
+PEER_ATTEMPTS: Final = 2
+"""The second try dials anew: the connection may have been what was dead."""
 DEFAULT_NEW_TOKENS: Final = 256
 
 
@@ -257,8 +261,11 @@ class RemoteModel:
         whole = span or (0, self.config.num_blocks)
         request = self._request(tokens=lanes, remote_ends=remote_ends, kv_tokens=lanes * max_length, span=whole)
         problems: list[SwarmError] = []
+        failures: Counter[PeerId] = Counter()
         for _ in range(OPEN_ATTEMPTS):
-            plan = await self._plan(request, problems)
+            plan = await self._plan(request, problems, failures)
+            if any(failures[peer] >= PEER_ATTEMPTS for peer in plan.peers):
+                break  # nobody else is left
             codec = self._codec(wire, plan.peers)
             spec = ChainSpec(
                 session=new_session_id(),
@@ -287,14 +294,21 @@ class RemoteModel:
             if not problems:
                 self._chains.add(chain)
                 return chain, codec
+            failures.update(chain.failed)
             request = replace(request, deny=request.deny | chain.refusing)
         raise problems[0]
 
-    async def _plan(self, request: PlanRequest, problems: Sequence[SwarmError]) -> Plan:
-        """A chain, given what went wrong before: that servers declined says more than that none is left."""
+    async def _plan(self, request: PlanRequest, problems: Sequence[SwarmError], failures: Counter[PeerId]) -> Plan:
+        """A chain, given what went wrong before: round servers that failed, through them if there is no other way."""
+        router, view = self._context.router, await self.view(fresh=bool(problems))
         try:
-            return await self._context.router.plan(await self.view(fresh=bool(problems)), request)
-        except NoRoute as exc:
+            try:
+                return await router.plan(view, replace(request, deny=request.deny | failures.keys()))
+            except NoRoute:
+                if not failures:
+                    raise
+                return await router.plan(view, request)
+        except NoRoute as exc:  # that servers declined says more than that none is left
             declined = next((problem for problem in problems if isinstance(problem, Refused)), exc)
             raise declined from exc
 

@@ -69,6 +69,7 @@ class TinySwarm:
         self._settings = settings
         self._stack = contextlib.AsyncExitStack()
         self._made = 0
+        self._anchors: list[Node] = []
 
     async def __aenter__(self) -> TinySwarm:
         torch.set_num_threads(1)
@@ -80,7 +81,11 @@ class TinySwarm:
     @property
     def entrance(self) -> list[str]:
         """What to give as `peers`."""
-        return [str(node.addrs[0]) for node in self.servers[:2]]
+        return [str(node.addrs[0]) for node in (*self._anchors, *self.servers[:2])]
+
+    async def anchor(self) -> None:
+        """Add a node that only takes part in the DHT, for others to join through."""
+        self._anchors.append(await self.node())
 
     async def node(self, **settings) -> Node:
         """A running node with folders of its own."""
