@@ -97,5 +97,5 @@ def _load(path: Path) -> PrivateKey:
         raise
     except OSError as exc:
         raise ConfigError(f"cannot read identity {path}: {exc.strerror}") from exc
-    except RemoteProtocolError as exc:
+    except (ConfigError, RemoteProtocolError) as exc:
         raise ConfigError(f"{path} is not a swarmnode key ({exc}): move it away, or use another --identity") from exc
