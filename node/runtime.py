@@ -19,6 +19,7 @@ from ..protocol.multiaddr import Multiaddr
 
 MAX_FILE_BYTES: Final = 64 * 1024
 MAX_NODES: Final = 256
+MAX_PID: Final = (1 << 31) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +79,7 @@ def _read(path: Path) -> RunningNode | None:
             body = json.loads(file.read(MAX_FILE_BYTES))
         addrs = tuple(Multiaddr.parse(text) for text in body["addrs"])
         node = RunningNode(int(body["pid"]), PeerId.parse(body["peer"]), str(body["swarm"]), addrs)
-    except (OSError, ValueError, KeyError, TypeError, ConfigError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, ConfigError):
         return None
     if _alive(node.pid):
         return node
@@ -87,6 +88,8 @@ def _read(path: Path) -> RunningNode | None:
 
 
 def _alive(pid: int) -> bool:
+    if not 0 < pid <= MAX_PID:  # 0 and below would mean whole groups of processes
+        return False
     try:
         os.kill(pid, 0)
     except PermissionError:
