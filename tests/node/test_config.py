@@ -1,0 +1,47 @@
+"""NodeConfig says what is wrong with a setting before anything starts."""
+
+from __future__ import annotations
+
+from dataclasses import FrozenInstanceError
+
+import pytest
+from swarmnode.node.config import DEFAULT_LISTEN, MAX_NAME, NodeConfig
+from swarmnode.protocol.errors import ConfigError
+from swarmnode.protocol.ids import PrivateKey
+
+PEER = f"/ip4/127.0.0.1/tcp/4001/p2p/{PrivateKey.from_seed(bytes(32)).peer_id}"
+
+
+def test_defaults_and_parsed_addresses():
+    config = NodeConfig()
+    assert tuple(str(addr) for addr in config.listen_addrs) == DEFAULT_LISTEN
+    assert (config.swarm, config.peer_addrs, config.persistent) == ("main", (), False)
+    assert [str(addr) for addr in NodeConfig(peers=[PEER]).peer_addrs] == [PEER]
+    with pytest.raises(FrozenInstanceError):
+        config.swarm = "other"
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"listen": "/ip4/127.0.0.1/tcp/0"}, "use a list"),
+        ({"listen": ["127.0.0.1:80"]}, "127.0.0.1:80"),
+        ({"listen": ["/ip4/999.0.0.1/tcp/0"]}, "999"),
+        ({"peers": ["/ip4/127.0.0.1/tcp/4001"]}, "append /p2p/"),
+        ({"peers": [PEER + "x"]}, "p2p"),
+        ({"swarm": ""}, "swarm name"),
+        ({"swarm": "a b"}, "swarm name"),
+        ({"swarm": "a" * 65}, "swarm name"),
+        ({"public_name": "x" * (MAX_NAME + 1)}, "public name"),
+        ({"public_name": "ä" * MAX_NAME}, "public name"),
+        ({"public_name": "two\nlines"}, "public name"),
+        ({"kv_bytes": 0}, "kv_bytes"),
+        ({"log_bytes": -1}, "log_bytes"),
+        ({"repair_timeout_s": 0}, "repair_timeout_s"),
+        ({"repair_timeout_s": float("nan")}, "repair_timeout_s"),
+        ({"repair_timeout_s": float("inf")}, "repair_timeout_s"),
+    ],
+)
+def test_a_wrong_setting_is_named(settings, problem):
+    with pytest.raises(ConfigError, match=problem):
+        NodeConfig(**settings)
