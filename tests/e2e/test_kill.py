@@ -144,6 +144,7 @@ async def test_two_servers_are_killed_at_once(client, bf16, prose):
     assert model.last_stats.repairs >= 1
 
 
+@pytest.mark.slow
 async def test_a_stage_without_replica_comes_back(client, bf16, prose):
     """The only server of the first stage dies; another joins while the client waits."""
     model = await client.model("gemma3-270m")
