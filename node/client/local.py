@@ -73,8 +73,8 @@ class LocalEnds:
         return self._head.logits(codecs.decode(payload, codec, rows, hidden, self._dtype))
 
     def close(self) -> None:
-        """End the thread."""
-        self._thread.shutdown(wait=False)
+        """End the thread, after what it is doing. Blocks for that long."""
+        self._thread.shutdown()
 
 
 async def sample_logits(

@@ -333,9 +333,9 @@ class RemoteModel:
         """End its sessions (whoever waits in one gets SessionClosed) and the thread of its own ends."""
         for chain in list(self._chains):
             await chain.close()
-        if self._ends is not None:
-            self._ends.close()
-            self._ends = None
+        ends, self._ends = self._ends, None
+        if ends is not None:
+            await asyncio.to_thread(ends.close)
 
 
 def _cuts(plan: Plan, remote_ends: bool) -> tuple[int, ...]:
