@@ -11,7 +11,7 @@ export HF_HUB_OFFLINE := 1
 
 help:
 	@echo "make demo      split Gemma 3 270M over three processes and kill one (installs first)"
-	@echo "make test      the tests; test-all adds the slow ones and py-libp2p"
+	@echo "make test      the tests; test-all adds the slow ones"
 	@echo "make check     formatting, lint, types, import rules, docs"
 	@echo "make format    reformat and fix what can be fixed"
 	@echo "make bench     measure this machine"

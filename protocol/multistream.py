@@ -6,6 +6,7 @@ costs no round trip of its own when the data that follows is sent along ("pipeli
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
@@ -25,7 +26,7 @@ def message(text: str) -> bytes:
     return protobuf.delimited(text.encode() + b"\n")
 
 
-class _Negotiation:
+class _Negotiation(ABC):
     """What both ends share: splitting the input, the header that comes first, the outcome."""
 
     def __init__(self) -> None:
@@ -65,8 +66,9 @@ class _Negotiation:
         self._greeted = True
         return b""
 
+    @abstractmethod
     def _answer(self, text: str) -> bytes:
-        raise NotImplementedError
+        """What to say to the first line after the header."""
 
 
 def _text(line: bytes) -> str:
