@@ -91,7 +91,11 @@ class ChainSession:
         """Open the planned chain. Returns what went wrong; then nothing is left open, and another plan is needed."""
         self._target = target
         self._machine = ChainMachine(target.spec, [self._hop(hop) for hop in plan.hops])
-        problems = await self._open_hops(self._machine.opens())
+        try:
+            problems = await self._open_hops(self._machine.opens())
+        except BaseException:  # cancelled while some hops are open already
+            await self.close()
+            raise
         if problems:
             await self.close()
         else:

@@ -63,22 +63,28 @@ async def open_link(host: Host, hop: Hop, request: Open, max_payload: int) -> Li
     try:
         async with asyncio.timeout(OPEN_S):
             stream = await host.open_stream(peer, SESSION_PROTOCOL, addrs=addresses)
-            stream.set_priority(Priority.DECODE)
-            frames = FrameStream(stream, TO_CLIENT, max_payload)
-            await frames.send(request)
-            reply = await frames.receive()
+            return await _ask(FrameStream(stream, TO_CLIENT, max_payload), request)
     except TimeoutError as exc:
         raise DeadlineExceeded(f"server {peer.short} did not open the session within {OPEN_S:.0f} s") from exc
     except OSError as exc:
         raise PeerUnreachable(f"server {peer.short} cannot be reached: {exc}") from exc
-    match reply:
-        case (Opened(), _):
-            return Link(frames)
-        case (RefusedMessage() as refusal, _):
-            frames.reset()
-            raise HopRefused(_refused(peer, refusal))
-    frames.reset()
-    raise PeerUnreachable(f"server {peer.short} ended the stream instead of opening a session")
+
+
+async def _ask(frames: FrameStream, request: Open) -> Link:
+    """Whatever comes but Opened, our own cancellation too, takes the stream down and the session with it."""
+    try:
+        frames.set_priority(Priority.DECODE)
+        await frames.send(request)
+        reply = await frames.receive()
+        match reply:
+            case (Opened(), _):
+                return Link(frames)
+            case (RefusedMessage() as refusal, _):
+                raise HopRefused(_refused(frames.stream.remote, refusal))
+        raise PeerUnreachable(f"server {frames.stream.remote.short} ended the stream instead of opening a session")
+    except BaseException:
+        frames.reset()
+        raise
 
 
 def _refused(peer: PeerId, refusal: RefusedMessage) -> Refused:

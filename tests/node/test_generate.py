@@ -7,9 +7,10 @@ import contextlib
 
 import pytest
 import torch
-from helpers.swarms import TinySwarm, collect, ids_of, make_model, spans_in_use, text_of
+from helpers.swarms import TinySwarm, collect, eventually, ids_of, make_model, spans_in_use, text_of
 from helpers.tiny_models import load_oracle
 from swarmnode.kernels.tokenizer import Tokenizer
+from swarmnode.node.client import chain, link
 from swarmnode.protocol.errors import ConfigError, NoRoute, ServerBusy
 from swarmnode.protocol.sampling import SamplingParams
 
@@ -227,6 +228,53 @@ async def test_cancelling_a_task_frees_every_server(moment, thirds):
         await task
     await thirds.settled()
     assert await greedy(model, PROMPT, 3)
+
+
+@pytest.mark.parametrize("opened", [0, 1, 2])
+async def test_cancelling_while_a_chain_opens_frees_who_has_answered(opened, thirds, monkeypatch):
+    """A chain opens side by side: at the time of the cancellation some servers hold the session, the others not yet."""
+    model = await thirds.model()
+    open_link, reached = chain.open_link, asyncio.Event()
+    held = {node.peer_id.raw for node in thirds.servers[opened:]}
+
+    async def slow(host, hop, *rest):
+        if hop.peer not in held:
+            return await open_link(host, hop, *rest)
+        await eventually(lambda: sessions_at(thirds) == opened, "the others did not open")
+        reached.set()
+        return await asyncio.Event().wait()
+
+    monkeypatch.setattr(chain, "open_link", slow)
+    task = asyncio.create_task(collect(model.generate(LONG, max_new_tokens=3)))
+    await reached.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await thirds.settled()
+
+
+async def test_cancelling_before_a_server_has_answered_frees_it(thirds, monkeypatch):
+    model = await thirds.model()
+    reached = asyncio.Event()
+
+    async def silent(frames):
+        """What takes the server's answer never comes round to it."""
+        reached.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(link.FrameStream, "receive", silent)
+    task = asyncio.create_task(collect(model.generate(LONG, max_new_tokens=3)))
+    await reached.wait()
+    monkeypatch.undo()
+    await eventually(lambda: sessions_at(thirds) == 3, "no session was opened")
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await thirds.settled()
+
+
+def sessions_at(swarm) -> int:
+    return sum(len(node._server.sessions) for node in swarm.servers)
 
 
 async def test_cancelling_under_a_time_limit(thirds):
