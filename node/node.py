@@ -324,9 +324,11 @@ class Node:
         try:
             async with asyncio.timeout(ASK_S):
                 frames = FrameStream(await self.host.open_stream(peer, INFO_PROTOCOL), INFO_MESSAGES)
-                await frames.send(GetInfo(digest=digest))
-                answer = await frames.receive()
-                await frames.close()
+                try:
+                    await frames.send(GetInfo(digest=digest))
+                    answer = await frames.receive()
+                finally:
+                    frames.reset()
         except (OSError, SwarmError, TimeoutError):
             return None
         return answer[0] if answer is not None and isinstance(answer[0], Info) else None
