@@ -13,9 +13,10 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Final
+from typing import ClassVar, Final
 
 from .errors import LocalProtocolError, RemoteProtocolError
+from .tally import Tally
 from .yamux_frames import HEADER, HEADER_SIZE, INITIAL_WINDOW, Flag, FrameType, GoAway
 from .yamux_stream import MAX_WINDOW, MuxStream, Readable, Writable
 
@@ -80,11 +81,15 @@ class Budget:
 class Session:
     """One yamux connection. `client` is the side that dialed, by negotiated role; its stream ids are odd."""
 
+    stream_class: ClassVar[type[MuxStream]] = MuxStream
+    """What streams are made of; a recorder makes them of its own kind."""
+
     def __init__(self, *, client: bool, node_budget: Budget | None = None) -> None:
         self._next_id = 1 if client else 2
         self._streams: dict[int, MuxStream] = {}
         self.inbound = 0
         """Open streams the peer started."""
+        self.tally = Tally()
         self.unacked = 0
         """Open streams of ours that the peer has not acknowledged."""
         self._budgets = (Budget(WINDOW_BUDGET), node_budget or Budget(WINDOW_BUDGET))
@@ -124,7 +129,8 @@ class Session:
             raise LocalProtocolError("the session is going away: no new streams")
         if self.unacked >= MAX_UNACKED:
             raise LocalProtocolError(f"{MAX_UNACKED} streams are not acknowledged yet")
-        stream = MuxStream(self, self._next_id, inbound=False)
+        stream = self.stream_class(self, self._next_id, inbound=False)
+        self.tally.opened_here += 1
         self._next_id += 2
         self.unacked += 1
         self._add(stream)
@@ -133,6 +139,7 @@ class Session:
     def reset(self, stream: MuxStream, reason: str) -> None:
         """Tear a stream down and tell the peer."""
         if self._streams.get(stream.id) is stream:
+            self.tally.reset_here += 1
             self._forget(stream, reason)
             if not stream.syn_due:  # else the peer has never heard of it
                 self._queue(HEADER.pack(0, FrameType.WINDOW, Flag.RST, stream.id, 0))
@@ -145,6 +152,7 @@ class Session:
         """Announce the end; no streams can be opened afterwards."""
         if not self.went_away:
             self.went_away = True
+            self.tally.go_aways_out += 1
             self._control.append(HEADER.pack(0, FrameType.GO_AWAY, 0, 0, code))
 
     @property
@@ -190,6 +198,7 @@ class Session:
             if self._streams.get(stream.id) is stream:
                 self._announce(stream, out, used)
                 used += HEADER_SIZE
+        self.tally.control_out += used // HEADER_SIZE
         return used
 
     def _announce(self, stream: MuxStream, out: memoryview, offset: int) -> None:
@@ -212,6 +221,7 @@ class Session:
         if extra > 0 and mine.draw(extra):
             if node.draw(extra):
                 stream.window = window
+                self.tally.windows_grown += window > STREAM_WINDOW
             else:
                 mine.give_back(extra)
 
@@ -223,6 +233,8 @@ class Session:
         had = stream.queued
         size, flags = stream.fill(out[HEADER_SIZE : HEADER_SIZE + self.frame_limit])
         HEADER.pack_into(out, 0, 0, FrameType.DATA, flags, stream.id, size)
+        self.tally.frames_out[stream.priority] += 1
+        self.tally.bytes_out[stream.priority] += size
         if had and not stream.queued:
             self.drained.append(stream)
         if flags & Flag.FIN:
@@ -266,10 +278,12 @@ class Session:
             offset += HEADER_SIZE
 
     def _session_frame(self, kind: int, flags: int, value: int, events: list[Event]) -> None:
+        self.tally.control_in += 1
         if kind == FrameType.PING:
             self._ping_frame(flags, value, events)
         elif kind == FrameType.GO_AWAY:
             self.went_away = True
+            self.tally.go_aways_in += 1
             events.append(WentAway(value))
         else:
             raise RemoteProtocolError(f"yamux frame type {kind} is not known")
@@ -287,6 +301,9 @@ class Session:
         if stream is None:
             if kind == FrameType.DATA:
                 self._left, self._target, self._end_flags = length, None, 0
+                self.tally.stale_bytes_in += length
+            else:
+                self.tally.control_in += 1
             return
         if flags & Flag.ACK and not stream.acked:
             stream.acked = True
@@ -297,12 +314,18 @@ class Session:
                 allowed = 0 if stream.remote_fin else stream.recv_credit
                 raise RemoteProtocolError(f"yamux stream {stream_id}: {length} bytes sent, only {allowed} allowed")
             stream.recv_credit -= length
+            self.tally.frames_in[stream.priority] += 1
+            self.tally.bytes_in[stream.priority] += length
             self._left, self._target, self._end_flags = length, stream, flags & (Flag.FIN | Flag.RST)
             return
         if kind == FrameType.WINDOW and length:
             stream.on_window(length)
             self.schedule(stream)
             events.append(Writable(stream))
+        if kind == FrameType.DATA:
+            self.tally.frames_in[stream.priority] += 1
+        else:
+            self.tally.control_in += 1
         self._end(stream, flags, events)
 
     def _payload(self, chunk: memoryview, whole: int, events: list[Event]) -> None:
@@ -322,6 +345,7 @@ class Session:
         if stream.reset_by is not None:
             return
         if flags & Flag.RST:
+            self.tally.reset_there += 1
             self._forget(stream, "the peer reset the stream")
             events.append(Readable(stream))
         elif flags & Flag.FIN and not stream.remote_fin:
@@ -335,9 +359,11 @@ class Session:
         if stream_id in self._streams:
             raise RemoteProtocolError(f"the peer opened yamux stream {stream_id} twice")
         if self.went_away or self.inbound >= MAX_INBOUND:
+            self.tally.turned_away += 1
             self._queue(HEADER.pack(0, FrameType.WINDOW, Flag.RST, stream_id, 0))
             return
-        stream = MuxStream(self, stream_id, inbound=True)
+        stream = self.stream_class(self, stream_id, inbound=True)
+        self.tally.opened_there += 1
         self.inbound += 1
         self._add(stream)
         events.append(Opened(stream))
@@ -350,6 +376,7 @@ class Session:
 
     def _half_closed(self, stream: MuxStream) -> None:
         if stream.remote_fin and stream.fin_sent:
+            self.tally.closed += 1
             self._remove(stream)
 
     def _forget(self, stream: MuxStream, reason: str) -> None:

@@ -49,6 +49,7 @@ class MuxStream:
         "in_ready",
         "inbound",
         "priority",
+        "protocol",
         "queued",
         "recv_credit",
         "remote_fin",
@@ -65,6 +66,8 @@ class MuxStream:
         self.id = stream_id
         self.inbound = inbound
         self.priority = Priority.BULK
+        self.protocol = ""
+        """What is spoken on it, set by the owner once agreed; yamux itself does not care."""
         # receiving
         self._chunks: deque[Part] = deque()
         self._head = 0  # bytes of the first chunk already taken

@@ -28,12 +28,12 @@ _NEGOTIATION_CHUNK: Final = 4096
 class MuxedStream:
     """Implements base.Stream on top of a wire; see there for the contract."""
 
-    __slots__ = ("_dialer", "_mux", "_prefix", "_wire", "protocol")
+    __slots__ = ("_dialer", "_mux", "_prefix", "_wire")
 
     def __init__(self, wire: Wire, mux: MuxStream, protocol: str = "") -> None:
         self._wire = wire
         self._mux = mux
-        self.protocol = protocol
+        mux.protocol = protocol
         self._dialer: Dialer | None = None  # a negotiation whose answer has not been read yet
         self._prefix = b""  # its proposal, sent with the first bytes
 
@@ -44,6 +44,15 @@ class MuxedStream:
     def remote(self) -> PeerId:
         """Who is at the other end, proven by the handshake."""
         return self._wire.remote
+
+    @property
+    def protocol(self) -> str:
+        """The protocol spoken; empty until one is agreed."""
+        return self._mux.protocol
+
+    @protocol.setter
+    def protocol(self, name: str) -> None:
+        self._mux.protocol = name
 
     @property
     def connection_address(self) -> Multiaddr:
