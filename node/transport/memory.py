@@ -2,7 +2,12 @@
 
 A product module, not a test hack: whole swarms run on it inside one event loop, under a virtual clock, with
 seeded latency, bandwidth and failures. Links keep TCP's promises (order, no loss, backpressure, EOF,
-reset).
+reset) unless `weather` breaks them.
+
+    crash    kill -9: the system is alive and resets the links
+    vanish   power loss: nobody is told anything
+    cut      links reset, dials refused, until heal()
+    hold     silence: what is sent waits, dials get no answer, until heal()
 """
 
 from __future__ import annotations
@@ -10,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
 from ...protocol.errors import ConfigError
@@ -22,6 +27,8 @@ What is on its way does not count, so a link without a rate never pauses; the wi
 it."""
 
 Factory = Callable[[Multiaddr], asyncio.BufferedProtocol]
+Trace = Callable[[float, str, int, int, int], None]
+"""(time, what, number of the transport it comes from, of the one it goes to, bytes)."""
 
 
 class MemoryNetwork:
@@ -48,35 +55,71 @@ class MemoryNetwork:
         self.refuse = refuse
         self.distance: Callable[[MemoryTransport, MemoryTransport], float] | None = None
         """One-way seconds between two hosts, instead of the constant `latency_s`."""
-        self.mangle: Callable[[bytes], Sequence[bytes]] | None = None
-        """What becomes of each write: tests cut, corrupt and repeat it here."""
+        self.weather: Callable[[MemoryTransport, MemoryTransport, bytes], Iterable[tuple[float, bytes]]] | None = None
+        """What becomes of a write from one host to another: pieces, each with seconds it takes longer. Pieces keep
+        their order, so one that is late holds up those behind it, and what is due at once arrives as one."""
+        self.trace: Trace | None = None
+        """Told of every dial, link, write and end, for logs and for comparing runs."""
         self.dials = 0
         """Dials attempted so far."""
         self._listeners: dict[int, tuple[MemoryTransport, Factory]] = {}
-        self._links: set[_Link] = set()
+        # dicts where a set would do: their order does not depend on where objects lie in memory
+        self._links: dict[_Link, None] = {}
         self._cut: set[frozenset[MemoryTransport]] = set()
+        self._held: set[frozenset[MemoryTransport]] = set()
+        self._gone: set[MemoryTransport] = set()
+        self._unanswered: dict[asyncio.Future[None], None] = {}
         self._next = 1
+        self._transports = 0
 
-    def transport(self) -> MemoryTransport:
-        """A new host's access to the network."""
-        return MemoryTransport(self)
+    def transport(self, *, private: bool = False) -> MemoryTransport:
+        """A new host's access to the network; `private`: as behind a NAT, dials to it get no answer."""
+        self._transports += 1
+        return MemoryTransport(self, self._transports, private)
 
     def crash(self, transport: MemoryTransport) -> None:
-        """The host vanishes, as by kill -9: its listeners close, the other ends of its links see a reset."""
+        """The process dies, as by kill -9: its listeners close, the other ends of its links see a reset."""
         for number in [n for n, (owner, _) in self._listeners.items() if owner is transport]:
             del self._listeners[number]
         for link in [link for link in self._links if link.owner is transport]:
             link.abort()
 
+    def vanish(self, transport: MemoryTransport) -> None:
+        """The machine is gone, as by power loss: nothing leaves it, nothing reaches it, nobody is told. For good."""
+        self._gone.add(transport)
+
     def cut(self, one: MemoryTransport, other: MemoryTransport) -> None:
         """Break the path between two hosts: links reset, new dials fail, until heal()."""
         self._cut.add(frozenset((one, other)))
-        for link in [link for link in self._links if link.owner is one and link.peer.owner is other]:
-            link.abort()
+        for link in self._between(one, other):
+            if link.owner is one:
+                link.abort()
+
+    def hold(self, one: MemoryTransport, other: MemoryTransport) -> None:
+        """Silence the path between two hosts until heal(): TCP keeps what is sent, and dials get no answer."""
+        self._held.add(frozenset((one, other)))
 
     def heal(self, one: MemoryTransport, other: MemoryTransport) -> None:
-        """Undo cut()."""
+        """Undo cut() and hold(): what waited goes on its way."""
         self._cut.discard(frozenset((one, other)))
+        self._held.discard(frozenset((one, other)))
+        for link in self._between(one, other):
+            link.healed()
+        for waiter in self._unanswered:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    def silent(self, one: MemoryTransport, other: MemoryTransport) -> bool:
+        """Whether nothing passes between two hosts, and nobody is told."""
+        return frozenset((one, other)) in self._held or one in self._gone or other in self._gone
+
+    def _between(self, one: MemoryTransport, other: MemoryTransport) -> list[_Link]:
+        return [link for link in self._links if {link.owner, link.peer.owner} == {one, other}]
+
+    def note(self, what: str, source: MemoryTransport, target: MemoryTransport, size: int = 0) -> None:
+        """Tell the trace."""
+        if self.trace is not None:
+            self.trace(asyncio.get_running_loop().time(), what, source.number, target.number, size)
 
     def delay(self, source: MemoryTransport, target: MemoryTransport) -> float:
         """One-way seconds between two hosts."""
@@ -104,29 +147,50 @@ class MemoryNetwork:
         self.dials += 1
         number = int(address.value("memory") or 0)
         owner = self._listeners[number][0] if number in self._listeners else source
+        self.note("dial", source, owner)
         await asyncio.sleep(2 * self.delay(source, owner))
+        await self._answered(source, owner)
         found = self._listeners.get(number)
         if found is None or frozenset((source, found[0])) in self._cut:
             raise ConnectionRefusedError("connection refused")
         if self.refuse and self.rng.random() < self.refuse:
             raise ConnectionRefusedError("connection lost on the way")
         target, accept = found
+        self.note("link", source, target)
         here, there = _Link(self, source), _Link(self, target)
         here.peer, there.peer = there, here
-        self._links |= {here, there}
+        self._links[here] = self._links[there] = None
         there.start(accept(Multiaddr((("memory", str(self.number())),))))
         here.start(factory(address))
 
+    async def _answered(self, source: MemoryTransport, target: MemoryTransport) -> None:
+        """Wait for the first answer to a dial; for ever, if the target cannot be reached."""
+        while (target.private and source is not target) or self.silent(source, target):
+            waiter = asyncio.get_running_loop().create_future()
+            self._unanswered[waiter] = None
+            try:
+                await waiter
+            finally:
+                del self._unanswered[waiter]
+
     def forget(self, link: _Link) -> None:
         """A link is over."""
-        self._links.discard(link)
+        self._links.pop(link, None)
+
+    def remember(self, link: _Link) -> None:
+        """A link that is over has its reset still to tell, when the path heals."""
+        self._links[link] = None
 
 
 class MemoryTransport:
     """One host's access to a MemoryNetwork."""
 
-    def __init__(self, network: MemoryNetwork) -> None:
+    def __init__(self, network: MemoryNetwork, number: int, private: bool) -> None:
         self.network = network
+        self.number = number
+        """Which of the network's transports it is, from 1."""
+        self.private = private
+        """Dials to it get no answer; it can dial."""
 
     def can_dial(self, address: Multiaddr) -> bool:
         """Memory addresses only."""
@@ -183,6 +247,7 @@ class _Link(asyncio.Transport):
         self._paused = False
         self._closing = False
         self._over = False
+        self._reset_due = False  # the other side has not heard of our abort() yet
 
     def start(self, protocol: asyncio.BufferedProtocol) -> None:
         """Give the protocol its link, soon."""
@@ -214,9 +279,13 @@ class _Link(asyncio.Transport):
         """Send bytes on their way."""
         if self._closing or self._over:
             return
-        mangle = self._network.mangle
-        for piece in (data,) if mangle is None else mangle(bytes(data)):
-            self._send(bytes(piece))
+        network = self._network
+        network.note("data", self.owner, self.peer.owner, len(data))
+        if network.weather is None:
+            self._send(bytes(data), 0.0)
+        else:
+            for extra, piece in network.weather(self.owner, self.peer.owner, bytes(data)):
+                self._send(piece, extra)
         rate = self._network.rate
         behind = self._free_at - self._loop.time()
         if rate and behind * rate > HIGH_WATER and not self._paused and self._protocol is not None:
@@ -239,20 +308,41 @@ class _Link(asyncio.Transport):
         """End at once; the other side sees a reset after the link's latency."""
         if not self._over:
             self._queue.clear()
+            self._network.note("reset", self.owner, self.peer.owner)
             self._end(None)
+            if self._silent():
+                self._reset_due = True
+                self._network.remember(self)
+            else:
+                self._loop.call_later(self._delay(), self.peer.broken)
+
+    def healed(self) -> None:
+        """The path lets bytes through again: what waited goes, and takes the path's time."""
+        if self._silent():
+            return
+        if self._reset_due:
+            self._reset_due = False
+            self._network.forget(self)
             self._loop.call_later(self._delay(), self.peer.broken)
+        elif self._queue or self._closing:
+            soonest = self._loop.time() + self._delay()
+            self._queue = deque((max(when, soonest), data) for when, data in self._queue)
+            self._arm()
 
     # -- the link --
 
     def _delay(self) -> float:
         return self._network.delay(self.owner, self.peer.owner)
 
-    def _send(self, data: bytes) -> None:
+    def _silent(self) -> bool:
+        return self._network.silent(self.owner, self.peer.owner)
+
+    def _send(self, data: bytes, extra: float) -> None:
         network = self._network
         now = self._loop.time()
         start = max(now, self._free_at)
         self._free_at = start + (len(data) / network.rate if network.rate else 0.0)
-        arrival = self._free_at + self._delay()
+        arrival = self._free_at + self._delay() + extra
         if network.jitter_s:
             arrival += network.rng.random() * network.jitter_s
         if self._queue:
@@ -262,20 +352,25 @@ class _Link(asyncio.Transport):
         self._arm()
 
     def _arm(self) -> None:
-        if self._timer is None and not self._over:
+        if self._timer is None and not self._over and not self._silent():
             when = self._queue[0][0] if self._queue else self._loop.time() + self._delay()
             self._timer = self._loop.call_at(when, self._deliver)
 
     def _deliver(self) -> None:
         self._timer = None
+        if self._silent():
+            return
         now = self._loop.time()
-        while self._queue and self._queue[0][0] <= now and not self._over:
-            data = self._queue.popleft()[1]
-            self._in_flight -= len(data)
-            self.peer.arrived(data)
+        due = []
+        while self._queue and self._queue[0][0] <= now:
+            due.append(self._queue.popleft()[1])
+        data = due[0] if len(due) == 1 else b"".join(due)
+        self._in_flight -= len(data)
+        self.peer.arrived(data)
         if self._queue:
             self._arm()
         elif self._closing and not self._over:
+            self._network.note("end", self.owner, self.peer.owner)
             self._end(None)
             self.peer.ended()
 

@@ -1,5 +1,6 @@
 """Hosts for tests: numbered identities, on an in-memory network or on loopback TCP."""
 
+import asyncio
 import contextlib
 import random
 from functools import partial
@@ -49,3 +50,28 @@ async def hosts(kind: str, count: int, *, network: MemoryNetwork | None = None, 
                 if other is not host:
                     host.add_addrs(other.peer_id, other.listen_addrs)
         yield made
+
+
+def held(host: Host) -> dict[str, int]:
+    """What a host holds for its peers, by name and without zeros: nothing, when every stream has ended."""
+    wires = host._wires
+    found = {
+        "handshakes": len(wires._handshaking),
+        "window bytes": wires._budget.used,
+        "streams": sum(wire.stream_count for wire in wires),
+        "waiting tasks": sum(len(wire.readers) + len(wire.writers) + len(wire._openers) for wire in wires),
+        "served streams": sum(host._handlers._running.values()),
+        "tasks": len(host._tasks),
+        "crashes": host._tasks.crashes,
+    }
+    return {name: count for name, count in found.items() if count}
+
+
+async def at_rest(*parties: Host, within_s: float = 12.0) -> None:
+    """Wait until the hosts hold nothing; the default outlasts LINGER_S. Raises AssertionError saying what is left."""
+    try:
+        async with asyncio.timeout(within_s):
+            while any(held(host) for host in parties):  # noqa: ASYNC110 - no event says that tables are empty
+                await asyncio.sleep(0.002)
+    except TimeoutError:
+        raise AssertionError(f"left over: {[held(host) for host in parties]}") from None
