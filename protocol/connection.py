@@ -54,6 +54,8 @@ class Connection:
     ) -> None:
         self.phase = Phase.SECURITY
         self.initiator = initiator
+        self.early_muxer = False
+        """The muxer was agreed inside the Noise handshake."""
         self.session = Session(client=initiator, node_budget=node_budget)
         self._reader = noise.FrameReader()
         self._handshake = noise.Handshake(
@@ -151,6 +153,7 @@ class Connection:
 
     def _choose_muxer(self) -> None:
         if self._handshake.muxer() is not None:
+            self.early_muxer = True
             self.phase = Phase.OPEN
             return
         self.phase = Phase.MUXER

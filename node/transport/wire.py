@@ -19,11 +19,12 @@ from ...protocol.connection import Connection
 from ...protocol.errors import RemoteProtocolError
 from ...protocol.ids import PeerId
 from ...protocol.multiaddr import Multiaddr
-from ...protocol.yamux import MAX_UNACKED, Event, Opened, Pong, WentAway
+from ...protocol.yamux import MAX_UNACKED, Event, Opened, Pong, Session, WentAway
 from ...protocol.yamux_frames import GoAway
 from ...protocol.yamux_stream import MuxStream, Readable, Writable
 from ..clock import Clock
 from .base import ConnectionClosed
+from .life import Life
 from .stream import MuxedStream
 
 logger = logging.getLogger(__name__)
@@ -33,7 +34,9 @@ HANDSHAKE_TIMEOUT_S: Final = 10.0
 KEEPALIVE_S: Final = 15.0
 """Time between keepalive pings; NAT tables forget quiet TCP connections after minutes at the earliest."""
 MISSED_PINGS: Final = 2
-"""Unanswered keepalives after which the peer is dead."""
+"""Unanswered keepalives after which the peer is dead; also keepalives without progress on a full link."""
+MIN_PROGRESS: Final = 4096
+"""Bytes a full link must take between two keepalives, or the peer is only holding our buffers."""
 LINGER_S: Final = 10.0
 """How long a closed stream waits for the peer's end before it is reset."""
 CLOSE_GRACE_S: Final = 1.0
@@ -68,14 +71,21 @@ class Wire(asyncio.BufferedProtocol):
         clock: Clock,
         events: WireEvents,
         handshake_timeout_s: float = HANDSHAKE_TIMEOUT_S,
+        life: Life | None = None,
     ) -> None:
         self.address = address
         """The remote's address, without peer id."""
         self.outbound = outbound
         """We dialed it."""
         self.opened_at = clock.now()
+        self.life = life or Life(clock)
+        """Numbers and events that tell how it went."""
         self.rtt_s: float | None = None
         """Smoothed round trip of the keepalive pings."""
+        self.used_at = self.opened_at
+        """When a stream was opened or last known to be open, to a keepalive's precision."""
+        self.cut_for = ""
+        """The stable name of the rule by which we cut the connection, if we did."""
         self.bytes_in = 0
         self.bytes_out = 0
         self.readers: dict[int, asyncio.Future[None]] = {}
@@ -96,6 +106,8 @@ class Wire(asyncio.BufferedProtocol):
         self._lingering: dict[int, tuple[MuxStream, float]] = {}
         self._handshake_timeout_s = handshake_timeout_s
         self._timer: asyncio.TimerHandle | None = None
+        self._stalls = 0
+        self._bytes_out_then = 0
         self._pings: dict[int, float] = {}
         self._ping_id = 0
 
@@ -119,6 +131,11 @@ class Wire(asyncio.BufferedProtocol):
     def closed(self) -> bool:
         """The connection is gone."""
         return self.error is not None
+
+    @property
+    def session(self) -> Session:
+        """The yamux session, to look at."""
+        return self._session
 
     @property
     def stream_count(self) -> int:
@@ -183,10 +200,12 @@ class Wire(asyncio.BufferedProtocol):
     def pause_writing(self) -> None:
         """The link is full."""
         self._paused = True
+        self.life.paused()
 
     def resume_writing(self) -> None:
         """The link has room again."""
         self._paused = False
+        self.life.resumed()
         self.pump()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -254,6 +273,7 @@ class Wire(asyncio.BufferedProtocol):
             if not self.is_open:
                 raise ConnectionClosed(f"the connection to {self.address} is closing")
             if self._session.unacked < MAX_UNACKED:
+                self.used_at = self._clock.now()
                 return MuxedStream(self, self._session.open())
             waiter = asyncio.get_running_loop().create_future()
             self._openers.add(waiter)
@@ -303,19 +323,23 @@ class Wire(asyncio.BufferedProtocol):
             if self._openers:
                 self._wake_openers()
         elif isinstance(event, Opened):
+            self.used_at = self._session.now
             self._events.stream(MuxedStream(self, event.stream))
         elif isinstance(event, Pong):
             self._ponged(event.opaque)
         elif isinstance(event, WentAway):
             logger.debug("%r: go-away %d", self, event.code)
+            self.life.note("connectivity:go_away_received", code=event.code)
 
     def _handshake_done(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
+        self.life.secured(str(self.remote), early_muxer=self._connection.early_muxer)
         self._keepalive()
         self._events.opened(self)
 
     def _handshake_late(self) -> None:
+        self.cut_for = "handshake-timeout"
         self.abort(f"no handshake within {self._handshake_timeout_s:g} s")
 
     def _keepalive(self) -> None:
@@ -325,11 +349,18 @@ class Wire(asyncio.BufferedProtocol):
         if len(self._pings) >= MISSED_PINGS:
             self.abort(f"no answer to keepalives for {KEEPALIVE_S * MISSED_PINGS:g} s")
             return
+        if self._is_stalled():
+            self.cut_for = "stalled"
+            self.abort(f"the peer took nothing for {KEEPALIVE_S * MISSED_PINGS:g} s")
+            return
         now = self._clock.now()
+        if len(self._session):
+            self.used_at = now
         self._ping_id = (self._ping_id + 1) & 0xFFFFFFFF
         self._pings[self._ping_id] = now
         self._connection.trim()
         self._session.ping(self._ping_id)
+        self.life.pinged()
         for stream_id, (mux, since) in tuple(self._lingering.items()):
             if mux.remote_fin or mux.reset_by is not None:
                 del self._lingering[stream_id]
@@ -338,6 +369,13 @@ class Wire(asyncio.BufferedProtocol):
                 self.reset(mux, "the peer did not end the stream")
         self._timer = asyncio.get_running_loop().call_later(KEEPALIVE_S, self._keepalive)
         self.pump()
+
+    def _is_stalled(self) -> bool:
+        """Output has waited for a full link through some keepalives. Pongs may be guessed, this cannot."""
+        stuck = self._connection.has_output and self.bytes_out - self._bytes_out_then < MIN_PROGRESS
+        self._stalls = self._stalls + 1 if stuck else 0
+        self._bytes_out_then = self.bytes_out
+        return self._stalls >= MISSED_PINGS
 
     def _ponged(self, opaque: int) -> None:
         sent = self._pings.get(opaque)
@@ -349,6 +387,7 @@ class Wire(asyncio.BufferedProtocol):
 
     def note_rtt(self, sample_s: float) -> None:
         """Fold in a measured round trip."""
+        self.life.measured(sample_s)
         old = self.rtt_s
         self.rtt_s = sample_s if old is None else old + _RTT_WEIGHT * (sample_s - old)
         self._session.rtt_s = self.rtt_s
@@ -367,6 +406,12 @@ class Wire(asyncio.BufferedProtocol):
         if self._transport is not None:
             self._transport.abort()
 
+    def close(self, reason: str) -> None:
+        """Say go-away, flush and close, without waiting for it."""
+        if self.error is None:
+            self._connection.go_away()
+            self._hang_up(reason)
+
     def _hang_up(self, reason: str) -> None:
         """Flush what is framed, then close; cut when the peer does not read."""
         self._descriptor = -1  # behind what the event loop may still hold
@@ -380,9 +425,7 @@ class Wire(asyncio.BufferedProtocol):
 
     async def aclose(self) -> None:
         """Say go-away, flush, close, and wait until the link is gone; at most CLOSE_GRACE_S and a bit."""
-        if self.error is None:
-            self._connection.go_away()
-            self._hang_up("closed on this side")
+        self.close("closed on this side")
         if self._transport is not None:
             await asyncio.shield(self._lost)
 
@@ -394,6 +437,7 @@ class Wire(asyncio.BufferedProtocol):
         self.error = ConnectionClosed(f"connection to {who}: {reason}")
         if self._timer is not None:
             self._timer.cancel()
+        self.life.ended(reason, phase=self._connection.phase.name.lower(), streams=len(self._session))
         self._session.close()
         self._lingering.clear()
         for waiter in (*self.readers.values(), *self.writers.values(), *self._openers):
