@@ -82,7 +82,7 @@ def _usage(exc: click.UsageError) -> str:
 
 def _option(*names: str, env: str | None = None, **attributes: Any) -> Callable[[_Command], _Command]:
     """A click option that also reads SWARMNODE_<name>."""
-    variable = env or "SWARMNODE_" + names[0].lstrip("-").upper().replace("-", "_")
+    variable = env or "SWARMNODE_" + names[0].partition("/")[0].lstrip("-").upper().replace("-", "_")
     return click.option(*names, envvar=variable, show_envvar=False, **attributes)
 
 
@@ -97,8 +97,14 @@ def _options(*decorators: Callable[[Any], Any]) -> Callable[[_Command], _Command
 
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 _swarm = _options(
-    _option("--peer", multiple=True, metavar="ADDR", help="Address of a live node, ending in /p2p/ID. Repeatable."),
+    _option(
+        "--peer",
+        multiple=True,
+        metavar="ADDR",
+        help="Address of a live node, ending in /p2p/ID, or invite. Repeatable.",
+    ),
     _option("--swarm", default="main", show_default=True, metavar="NAME", help="Name of the swarm."),
+    _option("--lan/--no-lan", default=True, show_default=True, help="Find nodes on the local network, and be found."),
 )
 _sampling = _options(
     _option("--model", default=None, help="Model, when the swarm serves several."),
@@ -214,6 +220,7 @@ def join(
     serve: str,
     peer: tuple[str, ...],
     swarm: str,
+    lan: bool,
     listen: tuple[str, ...],
     quant: str | None,
     dtype: str,
@@ -229,7 +236,7 @@ def join(
     READY and an address on stdout when others can use it.
     """
     span = parse_span(serve)
-    settings: dict[str, Any] = {"identity": identity, "public_name": public_name, "persistent": True}
+    settings: dict[str, Any] = {"identity": identity, "public_name": public_name, "persistent": True, "lan": lan}
     if listen:
         settings["listen"] = listen
     config = _config(peer, swarm, publish_runtime=True, **settings)
@@ -265,14 +272,16 @@ def parse_span(text: str) -> tuple[int, int] | None:
 @_sampling
 @_json
 @click.pass_context
-def generate(ctx: click.Context, /, prompt: str, peer: tuple[str, ...], swarm: str, as_json: bool, **how: Any) -> int:
+def generate(
+    ctx: click.Context, /, prompt: str, peer: tuple[str, ...], swarm: str, lan: bool, as_json: bool, **how: Any
+) -> int:
     """Write what comes after PROMPT ("-" reads it from stdin), as it is generated.
 
-    Finds a swarm by --peer, the settings file, or a node running on this machine; without one it runs the whole model
-    here.
+    Finds a swarm by --peer, the settings file, a node running on this machine, or one on the local network; without one
+    it runs the whole model here.
     """
     text = _stdin() if prompt == "-" else prompt
-    generating, config = _generating(how), _config(peer, swarm)
+    generating, config = _generating(how), _config(peer, swarm, lan=lan)
     from .node import commands
 
     return commands.run(commands.generate(config, text, generating, _console(ctx, as_json)))
@@ -320,10 +329,18 @@ def _generating(how: dict[str, Any]) -> Generating:
 @_json
 @click.pass_context
 def chat(
-    ctx: click.Context, /, peer: tuple[str, ...], swarm: str, system: str | None, raw: bool, as_json: bool, **how: Any
+    ctx: click.Context,
+    /,
+    peer: tuple[str, ...],
+    swarm: str,
+    lan: bool,
+    system: str | None,
+    raw: bool,
+    as_json: bool,
+    **how: Any,
 ) -> int:
     """Talk to a model: a line in, an answer out, until an empty line or Ctrl-D."""
-    generating, config = _generating(how), _config(peer, swarm)
+    generating, config = _generating(how), _config(peer, swarm, lan=lan)
     from .node import commands
 
     return commands.run(commands.chat(config, generating, system, _console(ctx, as_json), raw=raw))
@@ -333,33 +350,33 @@ def chat(
 @_swarm
 @_json
 @click.pass_context
-def status(ctx: click.Context, /, peer: tuple[str, ...], swarm: str, as_json: bool) -> int:
+def status(ctx: click.Context, /, peer: tuple[str, ...], swarm: str, lan: bool, as_json: bool) -> int:
     """Nodes on this machine, and who serves which blocks."""
     from .node import commands, reports
 
-    return commands.run(reports.status(_config(peer, swarm), _console(ctx, as_json)))
+    return commands.run(reports.status(_config(peer, swarm, lan=lan), _console(ctx, as_json)))
 
 
 @swarmnode.command()
 @_swarm
 @_json
 @click.pass_context
-def peers(ctx: click.Context, /, peer: tuple[str, ...], swarm: str, as_json: bool) -> int:
+def peers(ctx: click.Context, /, peer: tuple[str, ...], swarm: str, lan: bool, as_json: bool) -> int:
     """Nodes met on joining, with a measured round trip each."""
     from .node import commands, reports
 
-    return commands.run(reports.peers(_config(peer, swarm), _console(ctx, as_json)))
+    return commands.run(reports.peers(_config(peer, swarm, lan=lan), _console(ctx, as_json)))
 
 
 @swarmnode.command()
 @_swarm
 @_json
 @click.pass_context
-def models(ctx: click.Context, /, peer: tuple[str, ...], swarm: str, as_json: bool) -> int:
+def models(ctx: click.Context, /, peer: tuple[str, ...], swarm: str, lan: bool, as_json: bool) -> int:
     """Models the swarm serves."""
     from .node import commands, reports
 
-    return commands.run(reports.models(_config(peer, swarm), _console(ctx, as_json)))
+    return commands.run(reports.models(_config(peer, swarm, lan=lan), _console(ctx, as_json)))
 
 
 @swarmnode.command()
@@ -369,12 +386,12 @@ def models(ctx: click.Context, /, peer: tuple[str, ...], swarm: str, as_json: bo
 @_json
 @click.pass_context
 def route(
-    ctx: click.Context, /, model: str | None, peer: tuple[str, ...], swarm: str, tokens: int, as_json: bool
+    ctx: click.Context, /, model: str | None, peer: tuple[str, ...], swarm: str, lan: bool, tokens: int, as_json: bool
 ) -> int:
     """The chain of servers MODEL would use now, and what each hop costs."""
     from .node import commands, reports
 
-    return commands.run(reports.route(_config(peer, swarm), model, tokens, _console(ctx, as_json)))
+    return commands.run(reports.route(_config(peer, swarm, lan=lan), model, tokens, _console(ctx, as_json)))
 
 
 @swarmnode.command()
@@ -387,6 +404,17 @@ def ping(ctx: click.Context, /, address: str, count: int, as_json: bool) -> int:
     from .node import commands, reports
 
     return commands.run(reports.ping(_config((), "main"), address, count, _console(ctx, as_json)))
+
+
+@swarmnode.command()
+@_swarm
+@_json
+@click.pass_context
+def invite(ctx: click.Context, /, peer: tuple[str, ...], swarm: str, lan: bool, as_json: bool) -> int:
+    """A word that lets others in, for their --peer: ways to the nodes on this machine, or to the --peer given."""
+    from .node.entrance import invite
+
+    return invite(_config(peer, swarm, lan=lan), _console(ctx, as_json))
 
 
 @swarmnode.command("id")

@@ -70,7 +70,7 @@ def _command(path: str, command: click.Command) -> str:
 
 
 def _row(option: click.Option) -> str:
-    names = ", ".join(f"`{name}`" for name in option.opts)
+    names = ", ".join(f"`{name}`" for name in (*option.opts, *option.secondary_opts))
     value = "" if option.is_flag or option.count else f" `{option.metavar or option.type.name.upper()}`"
     plain = option.default if isinstance(option.default, str | int | float) else None
     default = "" if option.is_flag or option.count or plain in (None, "") else f"`{plain}`"

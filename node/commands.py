@@ -230,11 +230,12 @@ async def generate(config: NodeConfig, prompt: str, how: Generating, console: Co
 @contextlib.asynccontextmanager
 async def _model_for(config: NodeConfig, name: str | None, console: Console) -> AsyncIterator[RemoteModel]:
     """A model of the swarm, or, without a swarm, of a node of our own that runs all of it."""
-    found = entrance(config, console)
+    found = await entrance(config, console)
     config = replace(found.config, dht_server=found.alone)  # alone, it is the one who keeps its own records
     async with Node(config) as node:
         if found.alone:
-            console.note(f"no swarm found (no --peer, no node on this machine): running {name or BUILTIN_MODEL} alone")
+            where = "on this machine or its network" if config.lan else "on this machine"
+            console.note(f"no swarm found (no --peer, no node {where}): running {name or BUILTIN_MODEL} alone")
             serving = Serving(model=name, span=None, nothing=False, quant=None, dtype="bf16", device="cpu")
             await _serve(node, serving, console)
         else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -10,11 +9,13 @@ from typing import Final
 import platformdirs
 
 from ..protocol.errors import ConfigError
+from ..protocol.invite import SWARM_NAME, Invite, is_invite
+from ..protocol.kad import MAIN_SWARM
 from ..protocol.multiaddr import Multiaddr
 
 APP: Final = "swarmnode"
 DEFAULT_LISTEN: Final = ("/ip4/0.0.0.0/tcp/0", "/ip6/::/tcp/0")
-DEFAULT_SWARM: Final = "main"
+DEFAULT_SWARM: Final = MAIN_SWARM
 MAX_NAME: Final = 32
 
 
@@ -40,13 +41,15 @@ class NodeConfig:
     listen: tuple[str, ...] | list[str] = DEFAULT_LISTEN
     """Multiaddrs to listen on; empty: only dial."""
     peers: tuple[str, ...] | list[str] = ()
-    """Multiaddrs, with /p2p/<id>, of any live nodes of the swarm."""
+    """Multiaddrs, with /p2p/<id>, of any live nodes of the swarm; or invites, which name their swarm too."""
     swarm: str = DEFAULT_SWARM
     """Nodes of other swarm names are never seen."""
     identity: Path | str | None = None
     """Key file, made if missing. None: an ephemeral identity, or the default file if `persistent`."""
     persistent: bool = False
-    """Use the default key file (the next free profile of it) and remember the node between runs."""
+    """Use the default key file (the next free profile of it), and remember the swarm's nodes between runs."""
+    lan: bool = False
+    """Be found on the local network, and look for the swarm there when no other way into it is known."""
     public_name: str = ""
     """What others see beside the peer id."""
     data_dir: Path = field(default_factory=default_data_dir)
@@ -68,12 +71,13 @@ class NodeConfig:
             values = getattr(self, name)
             if isinstance(values, str):
                 raise ConfigError(f"{name} is the text {values!r}: use a list of multiaddrs")
-            for value in values:
-                Multiaddr.parse(value)
+        for value in self.listen:
+            Multiaddr.parse(value)
+        self._take_invites()
         for peer in self.peers:
             if Multiaddr.parse(peer).peer_id is None:
                 raise ConfigError(f"peer address {peer!r} lacks its peer id: append /p2p/<peer id>")
-        if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", self.swarm):
+        if not SWARM_NAME.fullmatch(self.swarm):
             raise ConfigError(f"swarm name {self.swarm!r}: use 1 to 64 letters, digits, '.', '_' or '-'")
         if not self.public_name.isprintable() or len(self.public_name.encode()) > MAX_NAME:
             raise ConfigError(f"public name {self.public_name!r}: use at most {MAX_NAME} printable characters")
@@ -83,6 +87,17 @@ class NodeConfig:
                 raise ConfigError(f"{name} is {value}: use a positive number of bytes")
         if not 0 < self.repair_timeout_s < 86_400:
             raise ConfigError(f"repair_timeout_s is {self.repair_timeout_s}: use 0 to 86400 seconds")
+
+    def _take_invites(self) -> None:
+        """Put the addresses in the place of invites; a swarm not named otherwise is the invites'."""
+        invites = [Invite.parse(text) for text in self.peers if is_invite(text)]
+        names = {invite.swarm for invite in invites} | ({self.swarm} - {DEFAULT_SWARM} if invites else set())
+        if len(names) > 1:
+            raise ConfigError(f"invites and --swarm name several swarms: {', '.join(sorted(names))}: choose one")
+        peers = [text for text in self.peers if not is_invite(text)]
+        peers += [str(addr) for invite in invites for addr in invite.addrs]
+        object.__setattr__(self, "peers", tuple(peers))
+        object.__setattr__(self, "swarm", names.pop() if names else self.swarm)
 
     @property
     def listen_addrs(self) -> tuple[Multiaddr, ...]:

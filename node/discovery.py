@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import OrderedDict
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from math import ceil
@@ -18,7 +19,7 @@ from typing import Any, Final
 from ..protocol import protobuf
 from ..protocol.errors import PeerUnreachable, RemoteProtocolError, SessionClosed, SwarmError
 from ..protocol.ids import PeerId
-from ..protocol.kad import MAX_MESSAGE_BYTES, PROTOCOL, Message
+from ..protocol.kad import MAIN_SWARM, MAX_MESSAGE_BYTES, Message, protocol_of
 from ..protocol.multiaddr import Multiaddr
 from ..protocol.records import SignedEntry
 from ..routing.dht import Ask, Dht, DhtConfig, Finished
@@ -27,7 +28,7 @@ from ..routing.table import Contact
 from .clock import Clock
 from .host import Host
 from .tasks import Supervisor
-from .transport.base import Priority, Stream
+from .transport.base import Priority, ProtocolUnsupported, Stream
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,8 @@ MAX_SERVED_STREAMS: Final = 1024
 MAX_SERVED_PER_PEER: Final = 32
 REJOIN_FIRST_S: Final = 5.0
 REJOIN_CAP_S: Final = 60.0
+MAX_MET: Final = 64
+"""Nodes kept as ways back into the swarm."""
 LEAVE_S: Final = 1.0
 """Longest wait for tombstones to be taken when leaving."""
 _CHUNK: Final = 64 * 1024
@@ -80,13 +83,14 @@ class Discovery:
         *,
         clock: Clock,
         rng: Random,
-        swarm_name: str = "main",
+        swarm_name: str = MAIN_SWARM,
         server_mode: bool = True,
         config: DhtConfig | None = None,
     ) -> None:
         self._host = host
         self._clock = clock
         self._swarm_name = swarm_name
+        self._protocol = protocol_of(swarm_name)
         self.dht = Dht(host.key, rng=rng, now=clock.now(), config=config, server_mode=server_mode)
         """The machine; for tests and status pages."""
         self._tasks: Supervisor | None = None
@@ -97,10 +101,11 @@ class Discovery:
         self._alarm = asyncio.Event()
         self._closed = False
         self._entrances: tuple[Multiaddr, ...] = ()
+        self._met: OrderedDict[PeerId, tuple[Multiaddr, ...]] = OrderedDict()
         self._rejoin_wait_s = REJOIN_FIRST_S
         self._rejoin_at = float("inf")
         if server_mode:
-            host.handle(PROTOCOL, self._serve, max_streams_per_peer=MAX_SERVED_PER_PEER)
+            host.handle(self._protocol, self._serve, max_streams_per_peer=MAX_SERVED_PER_PEER)
 
     # What the node calls
 
@@ -180,6 +185,15 @@ class Discovery:
         """The servers in the routing table."""
         return tuple(self.dht.table)
 
+    def met(self) -> tuple[Multiaddr, ...]:
+        """Where servers of this swarm were met, each with /p2p/<id>, the last met first: ways back into it."""
+        for contact in self.dht.table:
+            self._met[contact.peer] = contact.addrs
+            self._met.move_to_end(contact.peer)
+        while len(self._met) > MAX_MET:
+            self._met.popitem(last=False)
+        return tuple(addr.with_peer(peer) for peer, addrs in reversed(self._met.items()) for addr in addrs)
+
     def models_key(self) -> bytes:
         """Key of this swarm's list of models."""
         return models_key(self._swarm_name)
@@ -202,6 +216,7 @@ class Discovery:
                 del self._idle[peer]
                 self._start(line.stream.close(), "close an idle stream")
         if now >= self._rejoin_at:
+            self.met()
             self._rejoin(now)
         self._pump()
 
@@ -285,7 +300,7 @@ class Discovery:
                 return await self._ask_on(kept, request)
             except OSError as exc:
                 logger.debug("kept DHT stream to %s was dead: %s", contact.peer.short, exc)
-        stream = await self._host.open_stream(contact.peer, PROTOCOL, addrs=contact.addrs)
+        stream = await self._host.open_stream(contact.peer, self._protocol, addrs=contact.addrs)
         stream.set_priority(Priority.CONTROL)
         return await self._ask_on(_Line(stream, protobuf.Delimited(MAX_MESSAGE_BYTES)), request)
 
@@ -358,14 +373,21 @@ class Discovery:
         return len(self.dht.table)
 
     async def _enter(self, addr: Multiaddr, causes: list[str]) -> Contact | None:
+        """Get in touch with a node's DHT; the stream is kept for the first question. None: `causes` says why not."""
         try:
             peer = await self._host.connect(addr.peer_id, [addr])
+            if peer == self._host.peer_id:
+                causes.append(f"{addr} is this node itself")
+                return None
+            stream = await self._host.open_stream(peer, self._protocol)
+        except ProtocolUnsupported:
+            causes.append(f"{addr} is in another swarm than {self._swarm_name!r}: check --swarm")
+            return None
         except (OSError, SwarmError) as exc:
             causes.append(str(exc))
             return None
-        if peer == self._host.peer_id:
-            causes.append(f"{addr} is this node itself")
-            return None
+        stream.set_priority(Priority.CONTROL)
+        await self._keep(_Line(stream, protobuf.Delimited(MAX_MESSAGE_BYTES)))
         return Contact(peer, (addr.without_peer(),))
 
     def _rejoin(self, now: float) -> None:
@@ -379,7 +401,7 @@ class Discovery:
 
     async def _rejoin_quietly(self) -> None:
         try:
-            count = await self._join(self._entrances)
+            count = await self._join(tuple(dict.fromkeys((*self._entrances, *self.met()))))
         except PeerUnreachable as exc:
             logger.debug("still alone: %s", exc)
         else:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import random
 from collections.abc import Callable, Sequence
@@ -17,12 +18,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
-from ..protocol.errors import ConfigError, ModelNotFound, SwarmError
+from ..protocol.errors import ConfigError, ModelNotFound, PeerUnreachable, SwarmError
 from ..protocol.ids import PeerId
 from ..protocol.messages import INFO_MESSAGES, INFO_PROTOCOL, GetInfo, Info
 from ..protocol.multiaddr import Multiaddr
 from ..routing.placement import choose_span
 from ..routing.swarm import SwarmView
+from . import lan
 from .client.model import Context, RemoteModel
 from .client.router import Router, SwarmModel
 from .clock import Clock
@@ -32,14 +34,19 @@ from .framing import FrameStream
 from .host import ConnectionInfo, Host
 from .identity import Identity
 from .models import Model, Models
+from .remembered import Remembered
 from .runtime import RuntimeFile
 from .server.role import ServerRole
 from .server.span import LoadProgress, ServedSpan, SpanSettings, blocks_that_fit
 from .tasks import Supervisor
 from .transport.base import Transport
 
+logger = logging.getLogger(__name__)
+
 BUILTIN_MODEL: Final = "gemma3-270m"
 ASK_S: Final = 2.0
+REMEMBER_S: Final = 60.0
+"""How often the peers met are written down."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,6 +121,8 @@ class Node:
             self._tasks = await stack.enter_async_context(Supervisor("node"))
             await self._join()
             self._publish_runtime(stack)
+            if self.config.persistent:
+                stack.callback(self._save_peers)
             self._stack = stack.pop_all()
         return self
 
@@ -126,8 +135,54 @@ class Node:
         self.models_here = Models(self.host, config.cache_dir)
         self._router = Router(self.host, self.discovery, clock, self._rng, config.swarm)
         self._context = Context(self.host, self._router, clock, self._tasks, config.repair_timeout_s)
+        await self._enter_swarm()
+        if config.lan:
+            self._tasks.start(lan.announce(config.swarm, self.peer_id, self.addrs), "lan")
+
+    async def _enter_swarm(self) -> None:
+        """Through the peers given, those met in earlier runs, or the local network.
+
+        Raises PeerUnreachable when peers were given and nobody answers; else the node is the first of its swarm.
+        """
+        config, known = self.config, self._remembered()
         if config.peers:
-            await self.discovery.bootstrap(config.peer_addrs)
+            try:
+                await self.discovery.bootstrap(config.peer_addrs)
+            except PeerUnreachable:
+                if not await self._try(known):
+                    raise
+                logger.warning("no peer given answers; joined through one met in an earlier run")
+        elif not await self._try(known) and config.lan:
+            await self._try(await lan.find(config.swarm, own=self.peer_id))
+        if config.persistent:
+            self._tasks.start(self._remember(), "remember peers")
+
+    async def _try(self, addrs: Sequence[Multiaddr]) -> bool:
+        """Enter through addresses that may be out of date."""
+        if not addrs:
+            return False
+        try:
+            return await self.discovery.bootstrap(addrs) > 0
+        except PeerUnreachable as exc:
+            logger.info("no way into the swarm: %s", exc)
+            return False
+
+    def _remembered(self) -> list[Multiaddr]:
+        if not self.config.persistent:
+            return []
+        return [addr for addr in self._peer_file().load(self._clock.wall()) if addr.peer_id != self.peer_id]
+
+    def _peer_file(self) -> Remembered:
+        return Remembered(self.config.state_dir, self.config.swarm)
+
+    async def _remember(self) -> None:
+        """Keep the file of peers met up to date."""
+        while True:
+            await asyncio.sleep(REMEMBER_S)
+            self._save_peers()
+
+    def _save_peers(self) -> None:
+        self._peer_file().save(self.discovery.met(), self._clock.wall())
 
     def _publish_runtime(self, stack: contextlib.AsyncExitStack) -> None:
         if self.config.publish_runtime:

@@ -28,6 +28,7 @@ from .ids import PeerId
 from .records import KEY_BYTES, MAX_SEQ, SIGNATURE_BYTES, TAG_BYTES, SignedEntry
 
 PROTOCOL: Final = "/swarmnode/kad/1.0.0"
+MAIN_SWARM: Final = "main"
 MAX_MESSAGE_BYTES: Final = 128 * 1024
 """Longest message read. A full page of entries is half of it, 20 peers with 8 addresses each at most 82 KB."""
 PAGE_BYTES: Final = 64 * 1024
@@ -42,6 +43,11 @@ MAX_KEY_BYTES: Final = 128
 MAX_HAVE_BYTES: Final = 4096 * TAG_BYTES
 MAX_CURSOR_BYTES: Final = 64
 MAX_VALUE_BYTES: Final = 16 * 1024
+
+
+def protocol_of(swarm: str) -> str:
+    """The protocol id of a swarm's DHT. Each swarm but the main one has its own, so that their tables never mix."""
+    return PROTOCOL if swarm == MAIN_SWARM else f"{PROTOCOL}/{swarm}"
 
 
 class MessageType(IntEnum):

@@ -17,13 +17,15 @@ from swarmnode import cli
 from swarmnode.node import commands, reports
 from swarmnode.node.client.generate import GenerationStats, Piece
 from swarmnode.node.console import Console
+from swarmnode.node.runtime import RuntimeFile
 from swarmnode.protocol import errors
 from swarmnode.protocol.ids import PrivateKey
+from swarmnode.protocol.invite import Invite
 from swarmnode.protocol.multiaddr import Multiaddr
 
 PEER = PrivateKey.from_seed(bytes(32)).peer_id
 ADDRESS = f"/ip4/127.0.0.1/tcp/4001/p2p/{PEER}"
-VERBS = ("join", "generate", "chat", "status", "peers", "models", "route", "ping", "id")
+VERBS = ("join", "generate", "chat", "status", "peers", "models", "route", "ping", "invite", "id")
 
 
 @pytest.fixture(autouse=True)
@@ -35,6 +37,7 @@ def own_folders(tmp_path, monkeypatch):
     for name in ("data", "cache", "state"):
         monkeypatch.setenv(f"SWARMNODE_{name.upper()}_DIR", str(tmp_path / name))
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.setenv("SWARMNODE_LAN", "no")
     return tmp_path
 
 
@@ -624,3 +627,34 @@ def test_route_and_status_show_every_term(monkeypatch):
     body = json.loads(run("status", "--peer", ADDRESS, "--json")[1])
     assert body["models"][0]["coverage"] == [1, 1, 0]
     assert body["models"][0]["servers"][0]["public_name"] == "kitchen"
+
+
+# Invites
+
+
+def test_an_invite_of_the_addresses_given_and_back():
+    code, out, err = run("invite", "--peer", ADDRESS, "--swarm", "garage")
+    assert code == 0
+    assert "this machine only" in err
+    word = out.strip()
+    made = Invite.parse(word)
+    assert (made.swarm, [str(addr) for addr in made.addrs]) == ("garage", [ADDRESS])
+    code, out, _ = run("invite", "--peer", word, "--json")
+    assert json.loads(out) == {"invite": word, "swarm": "garage", "addrs": [ADDRESS]}
+
+
+def test_an_invite_of_the_node_on_this_machine(own_folders):
+    addrs = [Multiaddr.parse(ADDRESS), Multiaddr.parse(ADDRESS.replace("127.0.0.1", "192.0.2.9"))]
+    file = RuntimeFile(own_folders / "state", PEER, "main", addrs)
+    code, out, err = run("invite")
+    assert (code, err) == (0, "")
+    assert Invite.parse(out.strip()).addrs == (addrs[1],)
+    file.remove()
+    assert_error(run("invite"), 2, "start swarmnode join")
+
+
+def test_invites_of_two_swarms_do_not_go_together():
+    words = [run("invite", "--peer", ADDRESS, "--swarm", swarm)[1].strip() for swarm in ("a", "b")]
+    assert_error(run("status", "--peer", words[0], "--peer", words[1]), 2, "several swarms: a, b")
+    assert_error(run("status", "--peer", words[0], "--swarm", "c"), 2, "several swarms: a, c")
+    assert_error(run("status", "--peer", words[0][:-1]), 2, "copy it again")

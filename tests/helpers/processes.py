@@ -27,6 +27,7 @@ def environment(home: Path, cache: Path, threads: int = 1) -> dict[str, str]:
         "XDG_CONFIG_HOME": str(home / "config"),
         "XDG_CACHE_HOME": str(cache),
         "SWARMNODE_CACHE_DIR": str(cache),
+        "SWARMNODE_LAN": "no",
         "HF_HUB_OFFLINE": "1",
         "PYTHONSAFEPATH": "1",
         "OMP_NUM_THREADS": str(threads),

@@ -97,20 +97,23 @@ async def test_looking_around(swarm):
     assert plan.total_s > 0
 
 
-async def test_swarms_of_other_names_are_not_seen(swarm, qwen, tmp_path):
-    """Nodes of two swarms share connections and the DHT, never models."""
-    await swarm.serve(0, 3)
-    other = await swarm.node(swarm="other")
+async def test_swarms_of_other_names_never_mix(swarm, qwen):
+    """Neither look-ups nor routing tables: whoever knocks at the wrong door is told so."""
+    ours = await swarm.serve(0, 3)
+    other = await swarm.node(swarm="other", peers=())
     await other.serve(str(qwen), span=(0, 3), dtype="fp32")
-    ours, theirs = await swarm.client(), await swarm.client(swarm="other", peers=[str(other.addrs[0])])
-    assert [model.family for model in await ours.models()] == ["llama"]
+    with pytest.raises(PeerUnreachable, match="another swarm than 'other': check --swarm"):
+        await swarm.client(swarm="other", peers=[str(ours.addrs[0])])
+    client, theirs = await swarm.client(), await swarm.client(swarm="other", peers=[str(other.addrs[0])])
+    assert [model.family for model in await client.models()] == ["llama"]
     [their_model] = await theirs.models()
-    assert their_model.digest != (await ours.models())[0].digest
     with pytest.raises(ModelNotFound, match="swarm 'main'"):
-        await ours.model(their_model.name)
+        await client.model(their_model.name)
     model = await theirs.model(swarm.model_path)
     with pytest.raises(NoRoute):
         await write(model)
+    assert [contact.peer for contact in theirs.discovery.peers()] == [other.peer_id]
+    assert other.peer_id not in {contact.peer for contact in client.discovery.peers()}
 
 
 async def test_two_models_of_a_swarm(swarm, qwen):
