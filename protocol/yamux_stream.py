@@ -13,7 +13,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from .errors import RemoteProtocolError
+from .errors import LocalProtocolError, RemoteProtocolError
 from .yamux_frames import INITIAL_WINDOW, Flag, Priority
 
 if TYPE_CHECKING:
@@ -116,7 +116,9 @@ class MuxStream:
     def take(self, max_bytes: int) -> bytes:
         """Remove up to `max_bytes` received bytes, joined once, and give their credit back."""
         size = min(max_bytes, self.buffered)
-        if not size:
+        if size <= 0:
+            if max_bytes < 0:
+                raise LocalProtocolError(f"cannot read {max_bytes} bytes: ask for none or more")
             return b""
         self.buffered -= size
         self._consumed += size

@@ -23,12 +23,15 @@ WINDOW: Final = 1024 * 1024
 class _Pipe:
     """One direction."""
 
-    __slots__ = ("_chunks", "_reader", "_wanted", "_writer", "broken", "buffered", "discarding", "eof")
+    __slots__ = ("_chunks", "_reader", "_wanted", "_writer", "broken", "buffered", "discarding", "ending", "eof")
 
     def __init__(self) -> None:
         self._chunks: deque[memoryview] = deque()
         self.buffered = 0
+        self.ending = False
+        """The writer's side is closed; what it is still writing comes before the end."""
         self.eof = False
+        """Nothing more will come."""
         self.broken = False
         self.discarding = False
         self._wanted = 0
@@ -37,6 +40,8 @@ class _Pipe:
 
     async def wait_for(self, size: int) -> None:
         """Until `size` bytes are here, or the end is."""
+        if size < 0:
+            raise LocalProtocolError(f"cannot read {size} bytes: ask for none or more")
         while self.buffered < size and not self.eof:
             self._check()
             if self.discarding:
@@ -72,11 +77,18 @@ class _Pipe:
     async def write(self, data: bytes) -> None:
         """Hand the bytes over piece by piece as there is room. Cancelled half way, the pipe breaks."""
         self._check()
-        if self.eof:
+        if self.ending:
             raise LocalProtocolError("write after close")
         if self._writer is not None:
             raise LocalProtocolError("the stream is already being written by another task")
-        view = memoryview(data)
+        try:
+            await self._write(memoryview(data))
+        finally:
+            if self.ending:
+                self._finished()
+
+    async def _write(self, view: memoryview) -> None:
+        size = len(view)
         while view:
             room = max(WINDOW, self._wanted) - self.buffered
             if self.discarding:
@@ -89,7 +101,7 @@ class _Pipe:
             try:
                 await self._writer
             except asyncio.CancelledError:
-                if len(view) < len(data):
+                if len(view) < size:
                     self.reset()
                 raise
             finally:
@@ -103,6 +115,12 @@ class _Pipe:
             self._wake(self._reader)
 
     def finish(self) -> None:
+        """The end, after what is being written."""
+        self.ending = True
+        if self._writer is None:
+            self._finished()
+
+    def _finished(self) -> None:
         self.eof = True
         self._wake(self._reader)
 
@@ -139,7 +157,7 @@ class LoopbackStream:
     async def read(self, max_bytes: int) -> bytes:
         """At least one and at most `max_bytes` bytes; b"" at EOF."""
         await self._in.wait_for(min(1, max_bytes))
-        return self._in.take(max(0, max_bytes))
+        return self._in.take(max_bytes)
 
     async def read_exactly(self, n: int) -> bytes:
         """Exactly `n` bytes; asyncio.IncompleteReadError at EOF."""
@@ -162,7 +180,9 @@ class LoopbackStream:
         self._in.discard()
 
     def reset(self) -> None:
-        """Tear the stream down at once, at both ends."""
+        """Tear the stream down at once, at both ends; one that has ended both ways is left alone."""
+        if self._in.eof and self._out.eof:
+            return
         self._in.reset()
         self._out.reset()
 

@@ -64,9 +64,9 @@ class MuxedStream:
         mux = self._mux
         if self._dialer is not None:
             await self._agree()
-        while not mux.buffered:
+        while not mux.buffered and max_bytes > 0:
             self._raise_if_reset()
-            if mux.remote_fin or max_bytes <= 0:
+            if mux.remote_fin:
                 return b""
             await self._readable(1)
         return self._take(max_bytes)
@@ -175,6 +175,7 @@ class MuxedStream:
 
     async def _drained(self, total: int) -> None:
         mux, wire = self._mux, self._wire
+        wire.raise_if_closed()
         waiter = wire.writers[mux.id] = asyncio.get_running_loop().create_future()
         try:
             await waiter
@@ -186,6 +187,7 @@ class MuxedStream:
             raise
         finally:
             wire.writers.pop(mux.id, None)
+        wire.raise_if_closed()
         self._raise_if_reset()
 
     async def close_write(self) -> None:
@@ -201,6 +203,7 @@ class MuxedStream:
             self._flush_proposal()
             self._mux.ignore_input()
             self._mux.finish()
+            self._wire.wake_reader(self._mux)
             self._wire.linger(self._mux)
             self._wire.pump()
 

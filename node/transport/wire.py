@@ -300,6 +300,10 @@ class Wire(asyncio.BufferedProtocol):
         if not mux.remote_fin:
             self._lingering[mux.id] = (mux, self._clock.now())
 
+    def wake_reader(self, mux: MuxStream) -> None:
+        """Let the task that reads a stream look at it again."""
+        _wake(self.readers.get(mux.id))
+
     def _wake_stream(self, stream_id: int) -> None:
         _wake(self.readers.get(stream_id))
         _wake(self.writers.pop(stream_id, None))

@@ -1,0 +1,3 @@
+"""The conformance suite of byte streams, second part: cancellation, misuse, death and crowds."""
+
+TROUBLE = []
