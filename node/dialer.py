@@ -132,8 +132,9 @@ class Dialer:
             return made[-1]
 
         try:
-            await transports[address].dial(address, factory)
-            await self._wires.opened(made[0])
+            async with self._wires.dial_turns:
+                await transports[address].dial(address, factory)
+                await self._wires.opened(made[0])
         except BaseException:
             for wire in made:
                 wire.abort("the dial was given up")

@@ -6,12 +6,13 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from typing import Final
 
 from ..protocol import multistream
 from ..protocol.errors import RemoteProtocolError
 from ..protocol.ids import PeerId
+from ..protocol.limits import SYSTEM, TRANSIENT, Kind, Limiter, OverLimit, Reservation, Resource, Scope
+from .limits import Rules
 from .tasks import Supervisor
 from .transport import loopback
 from .transport.base import ProtocolUnsupported, Stream
@@ -21,26 +22,32 @@ logger = logging.getLogger(__name__)
 
 MAX_STREAMS_PER_PEER: Final = 256
 """Default cap on streams that one peer may have open to one protocol."""
+NO_ROOM: Final = "tasks-full"
+"""Counted when a stream comes while the host closes, or has all the tasks it may."""
 _CHUNK: Final = 1024
+_ONE: Final = {Resource.STREAMS_IN: 1}
 
 Handler = Callable[[Stream], Awaitable[None]]
-
-
-@dataclass(slots=True)
-class _Registered:
-    handler: Handler
-    max_per_peer: int
 
 
 class Handlers:
     """The table of protocols a host answers, and the tasks that answer them."""
 
-    def __init__(self, tasks: Supervisor, *, refused: Counter[str], negotiation_timeout_s: float) -> None:
+    def __init__(
+        self,
+        tasks: Supervisor,
+        *,
+        limiter: Limiter,
+        rules: Rules,
+        refused: Counter[str],
+        negotiation_timeout_s: float,
+    ) -> None:
         self._tasks = tasks
+        self._limiter = limiter
+        self._rules = rules
         self._refused = refused
         self._negotiation_timeout_s = negotiation_timeout_s
-        self._table: dict[str, _Registered] = {}
-        self._running: Counter[tuple[PeerId, str]] = Counter()
+        self._table: dict[str, Handler] = {}
 
     @property
     def protocols(self) -> tuple[str, ...]:
@@ -49,7 +56,8 @@ class Handlers:
 
     def add(self, protocol: str, handler: Handler, max_per_peer: int) -> None:
         """Answer a protocol from now on."""
-        self._table[protocol] = _Registered(handler, max_per_peer)
+        self._table[protocol] = handler
+        self._rules.per_protocol_peer[protocol] = max_per_peer
 
     def remove(self, protocol: str) -> None:
         """Answer it no more; running streams go on."""
@@ -58,46 +66,65 @@ class Handlers:
     def take(self, stream: MuxedStream) -> None:
         """A peer opened a stream."""
         if not self._tasks.has_room:  # closing, or out of tasks: no reason to break the connection
-            self._refused["no room for a stream"] += 1
-            stream.reset()
+            self._refuse(stream, NO_ROOM)
             return
-        self._tasks.start(self._serve(stream), "inbound stream")
+        peer = stream.remote
+        scopes = (SYSTEM, Scope(Kind.PEER, peer), TRANSIENT, Scope(Kind.PEER_TRANSIENT, peer))
+        try:
+            room = self._limiter.reserve(scopes, _ONE)
+        except OverLimit as exc:
+            self._refuse(stream, exc.reason)
+            return
+        task = self._tasks.start(self._serve(stream, room), "inbound stream")
+        task.add_done_callback(lambda _: room.release())
 
     def open_loopback(self, me: PeerId, protocol: str) -> Stream:
         """A stream to our own handler. Raises ProtocolUnsupported."""
-        registered = self._table.get(protocol)
-        if registered is None:
+        handler = self._table.get(protocol)
+        if handler is None:
             raise ProtocolUnsupported(f"this node has no handler for {protocol}")
         ours, theirs = loopback.pair(me, protocol)
-        self._tasks.start(self._run(theirs, registered), protocol)
+        self._tasks.start(self._run(theirs, handler), protocol)
         return ours
 
-    async def _serve(self, stream: MuxedStream) -> None:
-        """Negotiate, then hand over to the protocol's handler."""
+    def _refuse(self, stream: MuxedStream, reason: str) -> None:
+        self._refused[reason] += 1
+        stream.reset()
+
+    async def _serve(self, stream: MuxedStream, room: Reservation) -> None:
+        """Negotiate, then hand over to the protocol's handler. The room is the stream's until this ends."""
         try:
             async with asyncio.timeout(self._negotiation_timeout_s):
                 protocol = await self._agree(stream)
-        except (TimeoutError, OSError, EOFError, RemoteProtocolError) as exc:
+        except TimeoutError:
+            self._refuse(stream, "negotiation-timeout")
+            return
+        except (OSError, EOFError, RemoteProtocolError) as exc:
             logger.debug("no protocol agreed on %r: %s", stream, exc)
             stream.reset()
             return
         except BaseException:
             stream.reset()
             raise
-        registered = self._table.get(protocol)
-        slot = (stream.remote, protocol)
-        if registered is None or self._running[slot] >= registered.max_per_peer:
-            self._refused[f"too many streams of {protocol}"] += 1
+        peer = stream.remote
+        handler = self._table.get(protocol)
+        if handler is None:  # taken back since we agreed
             stream.reset()
             return
-        stream.protocol = protocol
-        self._running[slot] += 1
         try:
-            await self._run(stream, registered)
-        finally:
-            self._running[slot] -= 1
-            if not self._running[slot]:
-                del self._running[slot]
+            room.move(
+                (
+                    SYSTEM,
+                    Scope(Kind.PEER, peer),
+                    Scope(Kind.PROTOCOL, protocol),
+                    Scope(Kind.PROTOCOL_PEER, (protocol, peer)),
+                )
+            )
+        except OverLimit as exc:
+            self._refuse(stream, exc.reason)
+            return
+        stream.protocol = protocol
+        await self._run(stream, handler)
 
     async def _agree(self, stream: MuxedStream) -> str:
         """The responder's half of multistream-select. Raises RemoteProtocolError, OSError or EOFError."""
@@ -112,10 +139,10 @@ class Handlers:
         stream.unread(responder.leftover)
         return responder.protocol or ""
 
-    async def _run(self, stream: Stream, registered: _Registered) -> None:
+    async def _run(self, stream: Stream, handler: Handler) -> None:
         finished = False
         try:
-            await registered.handler(stream)
+            await handler(stream)
             await stream.close()
             finished = True
         except (OSError, EOFError) as exc:

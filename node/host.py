@@ -22,19 +22,22 @@ from typing import Final
 
 from ..protocol.errors import ConfigError, DeadlineExceeded, PeerUnreachable
 from ..protocol.ids import PeerId, PrivateKey
+from ..protocol.limits import Limiter
 from ..protocol.multiaddr import Multiaddr
 from ..protocol.noise import StaticKey
 from .basics import Basics
 from .clock import Clock
 from .dialer import Dialer
+from .gate import Gate
 from .handlers import MAX_STREAMS_PER_PEER, Handler, Handlers
+from .limits import AllowList, HostLimits, Rules, descriptors
 from .peerbook import PeerBook
 from .tasks import Supervisor
 from .transport.base import Listener, ProtocolUnsupported, Stream, Transport
 from .transport.stream import MuxedStream
 from .transport.tcp import TcpTransport, expand
 from .transport.wire import Wire
-from .wires import HostLimits, PeerCallback, Wires
+from .wires import PeerCallback, Wires
 
 __all__ = ["DIAL_TIMEOUT_S", "ConnectionInfo", "Handler", "Host", "HostLimits"]
 
@@ -76,18 +79,22 @@ class Host:
         clock: Clock | None = None,
         rng: random.Random | None = None,
         limits: HostLimits | None = None,
+        allow: Sequence[str] = (),
         agent: str = "swarmnode",
     ) -> None:
         self.key = key
         self.peer_id = key.peer_id
         self.clock = clock or Clock()
         self.rng = rng or random.Random(key.seed)
-        self.limits = limits or HostLimits()
+        self.limits = (limits or HostLimits()).fitted(descriptors())
         self.agent = agent
         self.book = PeerBook()
         """What peers claim about themselves."""
         self.refused: Counter[str] = Counter()
-        """Connections and streams turned away, by reason."""
+        """Connections and streams turned away or cut, by the reasons of docs/spec/transport.md."""
+        rules = Rules(self.limits)
+        self.limiter = Limiter(rules)
+        """What is in use, by scope."""
         self._listen = tuple(listen)
         self._transports = tuple(transports) if transports is not None else (TcpTransport(),)
         self._listeners: list[Listener] = []
@@ -95,12 +102,17 @@ class Host:
         self._addrs_until = 0.0
         self._tasks = Supervisor("host")
         self._handlers = Handlers(
-            self._tasks, refused=self.refused, negotiation_timeout_s=self.limits.handshake_timeout_s
+            self._tasks,
+            limiter=self.limiter,
+            rules=rules,
+            refused=self.refused,
+            negotiation_timeout_s=self.limits.handshake_timeout_s,
         )
         self._wires = Wires(
             StaticKey.create(key),
             clock=self.clock,
             limits=self.limits,
+            gate=Gate(self.limiter, self.limits, AllowList(allow)),
             refused=self.refused,
             on_stream=self._handlers.take,
         )
@@ -248,6 +260,19 @@ class Host:
     def address_of(self, stream: Stream) -> Multiaddr | None:
         """The remote address of the connection a stream runs on; None inside the process."""
         return stream.connection_address if isinstance(stream, MuxedStream) else None
+
+    def protect(self, peer: PeerId, tag: str) -> None:
+        """Keep connections to the peer when idle ones are closed for being too many; until unprotect()."""
+        self._wires.protect(peer, tag)
+
+    def unprotect(self, peer: PeerId, tag: str) -> None:
+        """Take one tag back; a peer with others stays protected."""
+        self._wires.unprotect(peer, tag)
+
+    def protect_if(self, wanted: Callable[[PeerId], bool]) -> Callable[[], None]:
+        """Keep connections to all peers that `wanted` names at that time; returns the way to end it."""
+        self._wires.protectors.append(wanted)
+        return lambda: self._wires.protectors.remove(wanted)
 
     async def disconnect(self, peer: PeerId) -> None:
         """Close every connection to a peer."""

@@ -6,43 +6,24 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from ..protocol.connection import Connection
-from ..protocol.errors import ConfigError
 from ..protocol.ids import PeerId
+from ..protocol.limits import Kind, OverLimit, WindowBudget
 from ..protocol.multiaddr import Multiaddr
 from ..protocol.noise import StaticKey
-from ..protocol.yamux import Budget
+from ..protocol.yamux import WINDOW_BUDGET
 from .clock import Clock
+from .gate import Gate, Ticket
+from .limits import HostLimits
 from .transport.base import ConnectionClosed
 from .transport.stream import MuxedStream
-from .transport.wire import HANDSHAKE_TIMEOUT_S, Wire, WireEvents
+from .transport.wire import Wire, WireEvents
+from .trim import Candidate, Stranger, Trimmer, giving_way, idle
 
 PeerCallback = Callable[[PeerId], None]
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HostLimits:
-    """What strangers may cost us. Connections over a limit are cut before any cryptography is done."""
-
-    connections: int = 1024
-    """Open connections, dialed and accepted."""
-    connections_per_ip: int = 32
-    """Accepted connections from one IP address; loopback is exempt."""
-    handshakes: int = 128
-    """Accepted connections that have not proven an identity yet."""
-    handshake_timeout_s: float = HANDSHAKE_TIMEOUT_S
-    """How long a stranger may take to prove it."""
-    window_bytes: int = 512 * 1024 * 1024
-    """Receive windows beyond the protocol's minimum, over all connections."""
-
-    def __post_init__(self) -> None:
-        for name in ("connections", "connections_per_ip", "handshakes", "handshake_timeout_s"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"HostLimits.{name} is {getattr(self, name)}: it must be positive")
 
 
 class Wires:
@@ -54,6 +35,7 @@ class Wires:
         *,
         clock: Clock,
         limits: HostLimits,
+        gate: Gate,
         refused: Counter[str],
         on_stream: Callable[[MuxedStream], None],
     ) -> None:
@@ -66,19 +48,33 @@ class Wires:
         """Told of every wire that opens."""
         self.on_close: list[Callable[[Wire], None]] = []
         """Told of every wire that ends, opened or not."""
+        self.protectors: list[Callable[[PeerId], bool]] = []
+        """Who says which peers' idle wires are to be kept, besides protect()."""
+        self.dial_turns = asyncio.Semaphore(limits.dials)
+        """To be held while dialing one address."""
         self._static = static
         self._me = static.identity.peer_id
         self._clock = clock
+        self._gate = gate
         self._refused = refused
         self._on_stream = on_stream
-        self._budget = Budget(limits.window_bytes)
-        self._open: dict[PeerId, list[Wire]] = {}
+        self._tickets: dict[Wire, Ticket] = {}  # of every wire that is not closed
         self._handshaking: dict[Wire, asyncio.Future[None] | None] = {}
-        self._per_ip: Counter[str] = Counter()
+        self._open: dict[PeerId, list[Wire]] = {}
+        self._peer_of: dict[Wire, PeerId] = {}  # of every open wire
+        self._tags: dict[PeerId, set[str]] = {}
+        self._trimmer: Trimmer[Wire] = Trimmer(
+            self._candidates,
+            self._trim,
+            now=clock.now,
+            high_water=limits.high_water,
+            low_water=limits.low_water,
+            grace_s=limits.grace_s,
+        )
 
     def __iter__(self) -> Iterator[Wire]:
         """Every open wire."""
-        return iter([wire for group in self._open.values() for wire in group])
+        return iter(tuple(self._peer_of))
 
     def peers(self) -> tuple[PeerId, ...]:
         """Peers with an open wire."""
@@ -101,8 +97,15 @@ class Wires:
     # -- making them --
 
     def dialing(self, address: Multiaddr, expected: PeerId | None) -> Wire:
-        """A wire for a link we make."""
-        return self._make(address, outbound=True, expected=expected)
+        """A wire for a link we make; over a limit, one that is dead before it starts."""
+        try:
+            ticket = self._gate.admit_dial(expected)
+        except OverLimit as exc:
+            self._refused[exc.reason] += 1
+            wire = self._make(address, outbound=True, expected=expected, ticket=None)
+            wire.abort(str(exc))
+            return wire
+        return self._make(address, outbound=True, expected=expected, ticket=ticket)
 
     async def opened(self, wire: Wire) -> None:
         """Wait for the end of a handshake. Raises ConnectionClosed with the cause when it fails."""
@@ -112,61 +115,110 @@ class Wires:
             await waiter
         wire.raise_if_closed()
 
-    def accept(self, address: Multiaddr) -> Wire:
-        """A wire for a link that came in; over a limit, one that is dead before it starts."""
-        wire = self._make(address, outbound=False)
-        reason = self._reason_to_refuse(address)
-        if not address.is_loopback:
-            self._per_ip[address.host or ""] += 1
-        if reason is not None:
-            self._refused[reason] += 1
-            wire.abort(reason)
-        return wire
+    def accept(self, address: Multiaddr) -> asyncio.BufferedProtocol:
+        """A wire for a link that came in; over a limit, what ends the link at once, at no cost."""
+        try:
+            ticket = self._admit(address)
+        except OverLimit as exc:
+            self._refused[exc.reason] += 1
+            return _Refusal()
+        return self._make(address, outbound=False, expected=None, ticket=ticket)
 
-    def _make(self, address: Multiaddr, *, outbound: bool, expected: PeerId | None = None) -> Wire:
+    def _admit(self, address: Multiaddr) -> Ticket:
+        try:
+            return self._gate.admit(address)
+        except OverLimit as exc:
+            wire = self._giving_way(exc, address)
+            if wire is None:
+                raise
+        wire.cut_for = "gave-way"
+        wire.abort("too many handshakes, and this one was slow")
+        return self._gate.admit(address)
+
+    def _giving_way(self, full: OverLimit, address: Multiaddr) -> Wire | None:
+        """The handshake that ends for a newcomer, if handshakes are what is too many."""
+        if full.scope.kind not in (Kind.TRANSIENT, Kind.ALLOWED_TRANSIENT):
+            return None
+        strangers = [
+            Stranger(wire, ticket.subnet, wire.opened_at)
+            for wire in self._handshaking
+            if not wire.outbound and full.scope in (ticket := self._tickets[wire]).reservation.scopes
+        ]
+        return giving_way(
+            strangers,
+            group=self._gate.subnet(address),
+            now=self._clock.now(),
+            grace_s=self.limits.handshake_grace_s,
+        )
+
+    def _make(self, address: Multiaddr, *, outbound: bool, expected: PeerId | None, ticket: Ticket | None) -> Wire:
+        budget = WindowBudget(ticket.reservation, WINDOW_BUDGET) if ticket is not None else None
         wire = Wire(
-            Connection(self._static, initiator=outbound, expected=expected, node_budget=self._budget),
+            Connection(self._static, initiator=outbound, expected=expected, node_budget=budget),
             address=address,
             outbound=outbound,
             clock=self._clock,
             events=WireEvents(opened=self._opened, stream=self._on_stream, closed=self._closed),
             handshake_timeout_s=self.limits.handshake_timeout_s,
         )
-        self._handshaking[wire] = None
+        if ticket is not None:
+            self._tickets[wire] = ticket
+            self._handshaking[wire] = None
         return wire
-
-    def _reason_to_refuse(self, address: Multiaddr) -> str | None:
-        strangers = sum(1 for wire in self._handshaking if not wire.outbound) - 1
-        if strangers >= self.limits.handshakes:
-            return "too many handshakes"
-        if sum(map(len, self._open.values())) >= self.limits.connections:
-            return "too many connections"
-        if self._per_ip[address.host or ""] >= self.limits.connections_per_ip:
-            return "too many connections from one address"
-        return None
 
     # -- their life --
 
     def _opened(self, wire: Wire) -> None:
         waiter = self._handshaking.pop(wire, None)
+        if self._may_stay(wire):
+            self._peer_of[wire] = wire.remote
+            group = self._open.setdefault(wire.remote, [])
+            group.append(wire)
+            _resolve(waiter)
+            if len(group) == 1:
+                _tell(self.on_connect, wire.remote)
+            _tell(self.on_open, wire)
+            self._trimmer.check(len(self._peer_of))
+        else:
+            _resolve(waiter)
+
+    def _may_stay(self, wire: Wire) -> bool:
+        """Its identity is known: find room for it there, too, or end it."""
         if wire.remote == self._me:
             wire.abort("this address leads back to this node itself")
-            _resolve(waiter)
-            return
-        group = self._open.setdefault(wire.remote, [])
-        group.append(wire)
-        _resolve(waiter)
-        if len(group) == 1:
-            _tell(self.on_connect, wire.remote)
-        _tell(self.on_open, wire)
+            return False
+        ticket = self._tickets[wire]
+        try:
+            try:
+                self._gate.prove(ticket, wire.remote)
+            except OverLimit as exc:
+                if not self._end_spare(exc, wire.remote):
+                    raise
+                self._gate.prove(ticket, wire.remote)
+        except OverLimit as exc:
+            wire.cut_for = exc.reason
+            wire.close(str(exc))
+            return False
+        return True
+
+    def _end_spare(self, full: OverLimit, peer: PeerId) -> bool:
+        """A peer has all the connections it may: end an idle one, for a peer that lost its network makes new ones."""
+        if full.scope.kind is not Kind.PEER:
+            return False
+        victims = idle(map(self._candidate, self.to(peer)), now=self._clock.now(), grace_s=0, keep_protected=False)
+        for victim in victims[:1]:
+            self._trim(victim.connection)
+        return bool(victims)
 
     def _closed(self, wire: Wire) -> None:
         _resolve(self._handshaking.pop(wire, None))
-        if not wire.outbound and not wire.address.is_loopback:
-            self._per_ip[wire.address.host or ""] -= 1
-            self._per_ip += Counter()  # drop zeros
+        ticket = self._tickets.pop(wire, None)
+        if ticket is not None:
+            ticket.reservation.release()
+        if wire.cut_for:
+            self._refused[wire.cut_for] += 1
         _tell(self.on_close, wire)
-        peer = next((peer for peer, group in self._open.items() if wire in group), None)
+        peer = self._peer_of.pop(wire, None)
         if peer is None:
             return
         self._open[peer].remove(wire)
@@ -174,13 +226,58 @@ class Wires:
             del self._open[peer]
             _tell(self.on_disconnect, peer)
 
+    # -- too many of them --
+
+    def protect(self, peer: PeerId, tag: str) -> None:
+        """Keep the peer's wires though they are idle, until each tag is taken back."""
+        self._tags.setdefault(peer, set()).add(tag)
+
+    def unprotect(self, peer: PeerId, tag: str) -> None:
+        """Take one tag back."""
+        tags = self._tags.get(peer, set())
+        tags.discard(tag)
+        if not tags:
+            self._tags.pop(peer, None)
+
+    def _candidates(self) -> list[Candidate[Wire]]:
+        return [self._candidate(wire) for wire in self]
+
+    def _candidate(self, wire: Wire) -> Candidate[Wire]:
+        peer = wire.remote
+        return Candidate(
+            connection=wire,
+            peer=peer,
+            opened_at=wire.opened_at,
+            used_at=wire.used_at,
+            streams=wire.stream_count,
+            protected=peer in self._tags or any(wants(peer) for wants in self.protectors),
+        )
+
+    def _trim(self, wire: Wire) -> None:
+        wire.cut_for = "trimmed"
+        wire.close("idle, and there are too many connections")
+
     async def aclose(self) -> None:
         """Cut the handshakes, say good-bye on every open wire."""
+        self._trimmer.aclose()
         for wire in list(self._handshaking):
             wire.abort("the host is closing")
         async with asyncio.TaskGroup() as group:
             for wire in self:
                 group.create_task(wire.aclose())
+
+
+class _Refusal(asyncio.BufferedProtocol):
+    """Ends a link before a byte of it was read."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray(1)
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        cast("asyncio.Transport", transport).abort()
+
+    def get_buffer(self, sizehint: int) -> bytearray:
+        return self._buffer
 
 
 def _tell(callbacks: list[Callable[[T], None]], subject: T) -> None:

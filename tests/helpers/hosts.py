@@ -7,8 +7,10 @@ from functools import partial
 
 from helpers.virtual import LoopClock
 from swarmnode.node.host import Host
+from swarmnode.node.limits import CONNECTION_MEMORY
 from swarmnode.node.transport.memory import MemoryNetwork
 from swarmnode.protocol.ids import PrivateKey
+from swarmnode.protocol.limits import SYSTEM, Resource
 from swarmnode.protocol.multiaddr import Multiaddr
 
 LOOPBACK = Multiaddr.parse("/ip4/127.0.0.1/tcp/0")
@@ -57,10 +59,10 @@ def held(host: Host) -> dict[str, int]:
     wires = host._wires
     found = {
         "handshakes": len(wires._handshaking),
-        "window bytes": wires._budget.used,
+        "window bytes": host.limiter.used(SYSTEM, Resource.MEMORY) - len(wires._tickets) * CONNECTION_MEMORY,
         "streams": sum(wire.stream_count for wire in wires),
         "waiting tasks": sum(len(wire.readers) + len(wire.writers) + len(wire._openers) for wire in wires),
-        "served streams": sum(host._handlers._running.values()),
+        "served streams": host.limiter.used(SYSTEM, Resource.STREAMS_IN),
         "tasks": len(host._tasks),
         "crashes": host._tasks.crashes,
     }
