@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SERVICE: Final = "_swarmnode._tcp.local."
-BROWSE_S: Final = 1.0
-"""How long to listen for answers; on a network without any, what a look costs."""
+BROWSE_S: Final = 1.5
+"""How long to listen for answers: the question is put twice, for a record may be told once a second only."""
 MAX_FOUND: Final = 16
 """Nodes taken from one look."""
 _RESOLVE_MS: Final = 800
@@ -52,6 +52,7 @@ async def announce(swarm: str, peer: PeerId, addrs: Sequence[Multiaddr]) -> None
 
 async def find(swarm: str, *, own: PeerId | None = None, wait_s: float = BROWSE_S) -> list[Multiaddr]:
     """Addresses of nodes of a swarm on the local network, each with its /p2p; empty when nobody answers."""
+    from zeroconf import DNSQuestionType
     from zeroconf.asyncio import AsyncServiceBrowser
 
     try:
@@ -66,7 +67,9 @@ async def find(swarm: str, *, own: PeerId | None = None, wait_s: float = BROWSE_
             names.put_nowait(name)
 
     try:
-        async with AsyncServiceBrowser(network.zeroconf, SERVICE, handlers=[heard]):
+        # asked to answer by multicast: of several processes on a machine only one would hear a unicast
+        question = DNSQuestionType.QM
+        async with AsyncServiceBrowser(network.zeroconf, SERVICE, handlers=[heard], question_type=question):
             return await _collect(network, names, swarm, own, wait_s)
     finally:
         await network.async_close()
