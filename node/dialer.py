@@ -14,6 +14,7 @@ from ..protocol.errors import PeerUnreachable
 from ..protocol.ids import PeerId
 from ..protocol.multiaddr import Multiaddr
 from .dial import DialFailed, Race, order
+from .journal import Journal
 from .peerbook import PeerBook
 from .tasks import Supervisor
 from .transport.base import Transport
@@ -29,8 +30,11 @@ _Causes = list[tuple[Multiaddr, str]]
 class Dialer:
     """Makes connections for one host."""
 
-    def __init__(self, wires: Wires, book: PeerBook, tasks: Supervisor, transports: Sequence[Transport]) -> None:
+    def __init__(
+        self, wires: Wires, book: PeerBook, tasks: Supervisor, transports: Sequence[Transport], journal: Journal
+    ) -> None:
         self._wires = wires
+        self._journal = journal
         self._book = book
         self._tasks = tasks
         self._transports = transports
@@ -118,6 +122,8 @@ class Dialer:
                 try:
                     found = await transport.resolve(address.without_peer())
                 except OSError as exc:
+                    self._journal.dialing()
+                    self._journal.dial_failed(address, exc)
                     causes.append((address, exc.strerror or str(exc)))
                     continue
                 usable.update(dict.fromkeys(found, transport))
@@ -131,11 +137,13 @@ class Dialer:
             made.append(self._wires.dialing(where, peer))
             return made[-1]
 
+        self._journal.dialing()
         try:
             async with self._wires.dial_turns:
                 await transports[address].dial(address, factory)
                 await self._wires.opened(made[0])
-        except BaseException:
+        except BaseException as exc:
+            self._journal.dial_failed(address, exc)
             for wire in made:
                 wire.abort("the dial was given up")
             raise

@@ -25,12 +25,15 @@ from ..protocol.ids import PeerId, PrivateKey
 from ..protocol.limits import Limiter
 from ..protocol.multiaddr import Multiaddr
 from ..protocol.noise import StaticKey
+from ..protocol.trace import clean
 from .basics import Basics
 from .clock import Clock
 from .dialer import Dialer
 from .gate import Gate
 from .handlers import MAX_STREAMS_PER_PEER, Handler, Handlers
+from .journal import DialFailure, EndedConnection, Journal
 from .limits import AllowList, HostLimits, Rules, descriptors
+from .metrics import ConnectionMetrics, HostMetrics, of
 from .peerbook import PeerBook
 from .tasks import Supervisor
 from .transport.base import Listener, ProtocolUnsupported, Stream, Transport
@@ -64,7 +67,23 @@ class ConnectionInfo:
     bytes_in: int
     bytes_out: int
     agent: str
-    """The peer's software, from identify; empty before."""
+    """The peer's software, from identify: printable, at most 128 characters; empty before."""
+    age_s: float
+    relayed: bool
+    """Another peer carries it, to judge by the address."""
+    rtt_min_s: float | None
+    """Least round trip so far: the path without queues."""
+    rtt_last_s: float | None
+    handshake_s: float
+    """From the link to the peer's proven identity."""
+    early_muxer: bool
+    """The muxer was agreed inside the Noise handshake, a round trip earlier."""
+    protocols: tuple[tuple[str, int], ...]
+    """Open streams by protocol, both ways; "" for those that have none yet."""
+    protected_by: tuple[str, ...]
+    """Why it is kept when idle connections are closed: tags of protect(), "wanted" for protect_if()."""
+    metrics: ConnectionMetrics
+    """What it has carried so far."""
 
 
 class Host:
@@ -101,6 +120,7 @@ class Host:
         self._addrs: tuple[Multiaddr, ...] = ()
         self._addrs_until = 0.0
         self._tasks = Supervisor("host")
+        self._journal = Journal(self.clock)
         self._handlers = Handlers(
             self._tasks,
             limiter=self.limiter,
@@ -117,8 +137,10 @@ class Host:
             on_stream=self._handlers.take,
         )
         self._wires.on_disconnect.append(self.book.forget_protocols)
-        self._dialer = Dialer(self._wires, self.book, self._tasks, self._transports)
+        self._dialer = Dialer(self._wires, self.book, self._tasks, self._transports, self._journal)
         self._basics = Basics(self, self._tasks)
+        self._wires.on_open.append(self._journal.opened)
+        self._wires.on_close.append(self._journal.closed)
         self._wires.on_open.append(self._basics.connected)
         self._wires.on_close.append(self._basics.disconnected)
         self._basics.register()
@@ -230,21 +252,43 @@ class Host:
         return _subscribe(self._basics.listeners, callback)
 
     def connections(self) -> Sequence[ConnectionInfo]:
-        """A snapshot of every open connection."""
-        return [
-            ConnectionInfo(
-                peer=wire.remote,
-                address=wire.address,
-                outbound=wire.outbound,
-                opened_at=wire.opened_at,
-                rtt_s=wire.rtt_s,
-                streams=wire.stream_count,
-                bytes_in=wire.bytes_in,
-                bytes_out=wire.bytes_out,
-                agent=self.book.get(wire.remote).agent,
-            )
-            for wire in self._wires
-        ]
+        """A snapshot of every open connection, in order of their peers' ids and then of age."""
+        wires = sorted(self._wires, key=lambda wire: (wire.remote, wire.opened_at))
+        return [self._info(wire) for wire in wires]
+
+    def _info(self, wire: Wire) -> ConnectionInfo:
+        return ConnectionInfo(
+            peer=wire.remote,
+            address=wire.address,
+            outbound=wire.outbound,
+            opened_at=wire.opened_at,
+            age_s=self.clock.now() - wire.opened_at,
+            relayed=wire.address.is_relayed,
+            rtt_s=wire.rtt_s,
+            rtt_min_s=wire.life.rtt_min_s,
+            rtt_last_s=wire.life.rtt_last_s,
+            handshake_s=wire.life.handshake_s or 0.0,
+            early_muxer=wire.life.early_muxer,
+            streams=wire.stream_count,
+            protocols=tuple(sorted(Counter(stream.protocol for stream in wire.session.streams()).items())),
+            bytes_in=wire.bytes_in,
+            bytes_out=wire.bytes_out,
+            agent=clean(self.book.get(wire.remote).agent),
+            protected_by=self._wires.protected_by(wire.remote),
+            metrics=of((wire,)),
+        )
+
+    def metrics(self) -> HostMetrics:
+        """Every counter of the transport in one snapshot; cheap enough to be asked every second."""
+        return self._journal.metrics(self._wires, self.refused)
+
+    def ended_connections(self) -> Sequence[EndedConnection]:
+        """The last connections that ended, oldest first; of strangers who never proved an identity, too."""
+        return sorted((*self._journal.ended, *self._journal.strangers), key=lambda ended: ended.ended_at)
+
+    def dial_failures(self) -> Sequence[DialFailure]:
+        """The last addresses that were tried in vain, oldest first."""
+        return tuple(self._journal.dial_failures)
 
     def rtt(self, peer: PeerId) -> float | None:
         """Smoothed round trip in seconds, None when not measured."""

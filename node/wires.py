@@ -10,7 +10,7 @@ from typing import TypeVar, cast
 
 from ..protocol.connection import Connection
 from ..protocol.ids import PeerId
-from ..protocol.limits import Kind, OverLimit, WindowBudget
+from ..protocol.limits import Kind, OverLimit, Resource, Scope, WindowBudget
 from ..protocol.multiaddr import Multiaddr
 from ..protocol.noise import StaticKey
 from ..protocol.yamux import WINDOW_BUDGET
@@ -87,8 +87,11 @@ class Wires:
     def best(self, peer: PeerId) -> Wire:
         """The wire for a new stream: the oldest that is good, the same one every time.
 
-        Raises ConnectionClosed.
+        Raises ConnectionClosed, or OverLimit when we have too many streams with the peer.
         """
+        limit = self.limits.streams_out_per_peer
+        if sum(wire.streams_out for wire in self.to(peer)) >= limit:
+            raise OverLimit(Scope(Kind.PEER, peer), Resource.STREAMS_OUT, limit)
         wire = next((wire for wire in self.to(peer) if wire.is_open), None)
         if wire is None:
             raise ConnectionClosed(f"the connection to {peer.short} was lost right after it opened")
@@ -239,6 +242,11 @@ class Wires:
         if not tags:
             self._tags.pop(peer, None)
 
+    def protected_by(self, peer: PeerId) -> tuple[str, ...]:
+        """Why the peer's idle wires are kept: the tags of protect(), and "wanted" when a protector names it."""
+        wanted = ("wanted",) if any(wants(peer) for wants in self.protectors) else ()
+        return (*sorted(self._tags.get(peer, ())), *wanted)
+
     def _candidates(self) -> list[Candidate[Wire]]:
         return [self._candidate(wire) for wire in self]
 
@@ -250,7 +258,7 @@ class Wires:
             opened_at=wire.opened_at,
             used_at=wire.used_at,
             streams=wire.stream_count,
-            protected=peer in self._tags or any(wants(peer) for wants in self.protectors),
+            protected=bool(self.protected_by(peer)),
         )
 
     def _trim(self, wire: Wire) -> None:
