@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -28,6 +28,10 @@ MAX_MANIFEST_BYTES: Final = 64 * 1024 * 1024
 MAX_BLOCKS: Final = 1024
 MAX_TENSORS: Final = 4096
 """Tensors in one leaf; a block of a mixture of 512 experts has 1,550."""
+MAX_ALL_TENSORS: Final = 1 << 18
+"""Tensors of the whole model: 384 experts in 61 blocks are 70,000. Each takes about 400 bytes of memory."""
+MAX_KEYS: Final = 64
+"""Fields a manifest may have; six have a meaning."""
 MAX_FILES: Final = 16
 MAX_FILE_BYTES: Final = 64 * 1024 * 1024
 """Of one text file, unpacked."""
@@ -199,60 +203,121 @@ def _same(entry: TensorEntry, data: Buffer | None) -> bool:
 def _parse(data: bytes) -> Manifest:
     if len(data) > MAX_MANIFEST_BYTES:
         raise RemoteProtocolError(f"manifest of {len(data)} bytes: at most {MAX_MANIFEST_BYTES} are allowed")
-    try:
-        values = msgpack.unpackb(data, strict_map_key=False, max_ext_len=0)
-    except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as exc:
-        raise RemoteProtocolError(f"manifest is not valid msgpack: {exc}") from exc
-    if not isinstance(values, dict) or values.get(0) != VERSION:
-        raise RemoteProtocolError(f"manifest is not of version {VERSION}: the peer runs another release")
-    blocks = _list(values.get(3), "blocks", MAX_BLOCKS)
-    return Manifest(
-        name=_text(values.get(1), "name"),
-        config=_blob(values.get(2), "config", MAX_CONFIG_BYTES),
-        blocks=tuple(_tensors(block, f"block {index}") for index, block in enumerate(blocks)),
-        head=_tensors(values.get(4), "head"),
-        files=tuple(_files(values.get(5))),
-    )
+    reader = _Reader(data)
+    found: dict[object, Any] = {}
+    for _ in range(reader.map("manifest", MAX_KEYS)):
+        key = reader.scalar()
+        if key in found:
+            raise RemoteProtocolError(f"manifest names its field {key!r:.20} twice")
+        found[key] = _FIELDS.get(key, _Reader.skip)(reader)
+    reader.end()
+    if found.get(0) != VERSION or not found.keys() >= _FIELDS.keys():
+        raise RemoteProtocolError(f"manifest is not a whole one of version {VERSION}: the peer runs another release")
+    return Manifest(name=found[1], config=found[2], blocks=found[3], head=found[4], files=found[5])
 
 
-def _tensors(value: object, where: str) -> tuple[TensorEntry, ...]:
-    entries = tuple(_tensor(item, where) for item in _list(value, where, MAX_TENSORS))
-    _sorted_names([entry.name for entry in entries], where)
-    return entries
+class _Reader:
+    """Takes values out one after another, each where the layout has it, so that nothing else is ever built.
 
+    Unpacked whole, a manifest of 64 MiB of empty lists would take 4.6 GB.
+    """
 
-def _tensor(value: object, where: str) -> TensorEntry:
-    fields = _list(value, where, 5)
-    if len(fields) != 5:
-        raise RemoteProtocolError(f"manifest: a tensor of {where} has {len(fields)} fields, expected 5")
-    shape = tuple(_size(item, where) for item in _list(fields[2], where, MAX_DIMENSIONS))
-    sha256 = _blob(fields[4], where, _DIGEST_SIZE, _DIGEST_SIZE)
-    return TensorEntry(_text(fields[0], where), _text(fields[1], where), shape, _size(fields[3], where), sha256)
+    def __init__(self, data: bytes) -> None:
+        self._size = len(data)
+        self._tensors = 0
+        self._unpacker = msgpack.Unpacker(
+            strict_map_key=False,
+            max_buffer_size=MAX_MANIFEST_BYTES,
+            read_size=max(len(data), 1),
+            max_array_len=0,
+            max_map_len=0,
+            max_ext_len=0,
+        )
+        self._unpacker.feed(data)
 
+    def _call(self, read: Callable[[], Any]) -> Any:
+        try:
+            return read()
+        except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as exc:
+            raise RemoteProtocolError(f"manifest is not valid msgpack: {exc or type(exc).__name__}") from exc
 
-def _files(value: object) -> Iterator[FileEntry]:
-    items = [_list(item, "files", 4) for item in _list(value, "files", MAX_FILES)]
-    for item in items:
-        if len(item) != 4:
-            raise RemoteProtocolError(f"manifest: a file has {len(item)} fields, expected 4")
-        size = _size(item[1], "files")
+    def scalar(self) -> Any:
+        """The next value; of lists and maps only empty ones get here, which no field may be."""
+        value = self._call(self._unpacker.unpack)
+        if isinstance(value, list | dict):
+            raise RemoteProtocolError("manifest: a list or map stands where a value should be")
+        return value
+
+    def skip(self) -> None:
+        """Pass over a field that a later release has added."""
+        self._call(self._unpacker.skip)
+
+    def map(self, where: str, most: int) -> int:
+        """Entries of the map that begins here."""
+        return self._bounded(self._unpacker.read_map_header, where, most)
+
+    def list(self, where: str, most: int, least: int = 0) -> int:
+        """Items of the list that begins here."""
+        return self._bounded(self._unpacker.read_array_header, where, most, least)
+
+    def _bounded(self, read: Callable[[], int], where: str, most: int, least: int = 0) -> int:
+        count: int = self._call(read)
+        if not least <= count <= most:
+            raise RemoteProtocolError(f"manifest: {where} has {count} entries, {least}..{most} are allowed")
+        return count
+
+    def end(self) -> None:
+        """Nothing may follow."""
+        if self._unpacker.tell() != self._size:
+            raise RemoteProtocolError("manifest is followed by other bytes")
+
+    def tensors(self, where: str) -> tuple[TensorEntry, ...]:
+        count = self.list(where, MAX_TENSORS)
+        self._tensors += count
+        if self._tensors > MAX_ALL_TENSORS:
+            raise RemoteProtocolError(f"manifest: over {MAX_ALL_TENSORS} tensors")
+        entries = tuple(self._tensor(where) for _ in range(count))
+        _sorted_names([entry.name for entry in entries], where)
+        return entries
+
+    def _tensor(self, where: str) -> TensorEntry:
+        self.list(where, 5, 5)
+        name, dtype = _text(self.scalar(), where), _text(self.scalar(), where)
+        shape = tuple(_size(self.scalar(), where) for _ in range(self.list(where, MAX_DIMENSIONS)))
+        size_bytes = _size(self.scalar(), where)
+        return TensorEntry(name, dtype, shape, size_bytes, _blob(self.scalar(), where, _DIGEST_SIZE, _DIGEST_SIZE))
+
+    def blocks(self) -> tuple[tuple[TensorEntry, ...], ...]:
+        return tuple(self.tensors(f"block {index}") for index in range(self.list("blocks", MAX_BLOCKS)))
+
+    def files(self) -> tuple[FileEntry, ...]:
+        files = tuple(self._file() for _ in range(self.list("files", MAX_FILES)))
+        _sorted_names([file.name for file in files], "files")
+        return files
+
+    def _file(self) -> FileEntry:
+        self.list("files", 4, 4)
+        name, size = _text(self.scalar(), "files"), _size(self.scalar(), "files")
         if size > MAX_FILE_BYTES:
             raise RemoteProtocolError(f"manifest: a file of {size} bytes: at most {MAX_FILE_BYTES} are allowed")
-        sha256 = _blob(item[2], "files", _DIGEST_SIZE, _DIGEST_SIZE)
-        yield FileEntry(_text(item[0], "files"), size, sha256, _blob(item[3], "files", MAX_MANIFEST_BYTES))
-    _sorted_names([item[0] for item in items], "files")
+        sha256 = _blob(self.scalar(), "files", _DIGEST_SIZE, _DIGEST_SIZE)
+        return FileEntry(name, size, sha256, _blob(self.scalar(), "files", MAX_MANIFEST_BYTES))
+
+
+_FIELDS: Final[dict[object, Callable[[_Reader], Any]]] = {
+    0: _Reader.scalar,
+    1: lambda reader: _text(reader.scalar(), "name"),
+    2: lambda reader: _blob(reader.scalar(), "config", MAX_CONFIG_BYTES),
+    3: _Reader.blocks,
+    4: lambda reader: reader.tensors("head"),
+    5: _Reader.files,
+}
 
 
 def _sorted_names(names: list[str], where: str) -> None:
     """One order only, so that equal content has equal leaves; and no name twice."""
     if names != sorted(set(names)):
         raise RemoteProtocolError(f"manifest: the names of {where} are not sorted and unique")
-
-
-def _list(value: object, where: str, most: int) -> list[Any]:
-    if type(value) is not list or len(value) > most:
-        raise RemoteProtocolError(f"manifest: {where} is not a list of at most {most}")
-    return value
 
 
 def _text(value: object, where: str) -> str:

@@ -251,6 +251,8 @@ def _parse_bytes(raw: bytes) -> tuple[tuple[str, str], ...]:
         name, size = _NAMES[code]
         if size == _VARIABLE:
             size, offset = protobuf.read_uvarint(raw, offset)
+            if not size:
+                raise ValueError(f"/{name} needs a value")
         if offset + size > len(raw):
             raise ValueError(f"the value of /{name} is truncated")
         parts.append((name, _value_text(name, raw[offset : offset + size])))

@@ -7,7 +7,6 @@ once, by the client, and a new tail after a failover continues the same text.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Final
 
@@ -108,15 +107,21 @@ _WIRE_KEYS: Final = {
 
 
 def _number(name: str, value: object, low: float, high: float, *, above_low: bool = False) -> None:
-    valid = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not valid or not low <= value <= high or (above_low and value == low):  # type: ignore[operator]
+    # the comparison refuses NaN too; math.isfinite would overflow on a JSON integer of 400 digits
+    valid = isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+    if not valid or (above_low and value == low):
         bounds = f"above {low:g}, at most {high:g}" if above_low else f"{low:g} to {high:g}"
-        raise ConfigError(f"{name} is {value!r}: use a number {bounds}")
+        raise ConfigError(f"{name} is {_shown(value)}: use a number {bounds}")
 
 
 def _whole(name: str, value: object, low: int, high: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise ConfigError(f"{name} is {value!r}: use a whole number {low} to {high}")
+        raise ConfigError(f"{name} is {_shown(value)}: use a whole number {low} to {high}")
+
+
+def _shown(value: object) -> str:
+    """A value for a message; Python refuses to print integers of over 4,300 digits."""
+    return f"{value!r:.60}" if not isinstance(value, int) or value.bit_length() < 256 else "a huge number"
 
 
 _DEFAULT: Final = SamplingParams()

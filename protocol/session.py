@@ -204,10 +204,15 @@ class SessionMachine:
     def on_rewire(self, rewire: Rewire) -> bool:
         """A neighbour was replaced. An empty next hop gets the log again; one in the session says where to go on.
 
-        Returns False if rows it needs were dropped: the client must replay from the tokens.
+        Returns False if rows it needs were dropped: the client must replay from the tokens. Raises RemoteProtocolError
+        for a rewire that makes a tail an inner hop or the reverse: a tail keeps no log that could be sent on.
         """
         if rewire.epoch <= self.epoch:
             return True
+        if rewire.set_next and self.is_tail == bool(rewire.next or rewire.relay):
+            raise RemoteProtocolError(
+                "a rewire cannot give a tail a next hop, or take the next hop of an inner one away"
+            )
         self.epoch = rewire.epoch
         for lane, acked in zip(self._lanes, rewire.acked, strict=False):
             # The control stream may be slower than the data: a truncation made after this rewire may be here already.

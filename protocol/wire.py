@@ -38,7 +38,12 @@ def integer(key: int, *, low: int = 0, high: int, default: Any = MISSING) -> Any
 def number(key: int, *, low: float, high: float, default: Any = MISSING) -> Any:
     """A finite float (or int) in [low, high]."""
     return _field(
-        Wire(key, lambda v: isinstance(v, int | float) and low <= v <= high, f"a number in {low}..{high}"), default
+        Wire(
+            key,
+            lambda v: isinstance(v, int | float) and type(v) is not bool and low <= v <= high,
+            f"a number in {low}..{high}",
+        ),
+        default,
     )
 
 

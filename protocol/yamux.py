@@ -106,7 +106,7 @@ class Session:
         list."""
         # sending; ready streams by Priority
         self._control: deque[bytes] = deque()
-        self._windows: deque[MuxStream] = deque()
+        self._windows: dict[int, MuxStream] = {}  # a WINDOW frame is due, by id in order of time
         self._ready: tuple[deque[MuxStream], deque[MuxStream], deque[MuxStream]] = (deque(), deque(), deque())
         # receiving
         self._partial = b""
@@ -183,7 +183,7 @@ class Session:
         """The stream has half a window to give back."""
         if not stream.announce_due:
             stream.announce_due = True
-            self._windows.append(stream)
+            self._windows[stream.id] = stream
 
     # -- sending --
 
@@ -194,7 +194,7 @@ class Session:
             out[used : used + HEADER_SIZE] = self._control.popleft()
             used += HEADER_SIZE
         while self._windows and used <= last:
-            stream = self._windows.popleft()
+            stream = self._windows.pop(next(iter(self._windows)))
             if self._streams.get(stream.id) is stream:
                 self._announce(stream, out, used)
                 used += HEADER_SIZE
@@ -372,7 +372,7 @@ class Session:
 
     def _add(self, stream: MuxStream) -> None:
         self._streams[stream.id] = stream
-        self._windows.append(stream)
+        self._windows[stream.id] = stream
 
     def _half_closed(self, stream: MuxStream) -> None:
         if stream.remote_fin and stream.fin_sent:
@@ -387,6 +387,10 @@ class Session:
         """Take a finished stream out of the table; what it received can still be read."""
         if self._streams.pop(stream.id, None) is None:
             return
+        self._windows.pop(stream.id, None)  # nothing of it may stay in a queue: a stuck link sees thousands go
+        if stream.in_ready:
+            next(queue for queue in self._ready if stream in queue).remove(stream)
+            stream.in_ready = False
         if stream.inbound:
             self.inbound -= 1
         elif not stream.acked:
