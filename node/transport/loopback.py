@@ -84,8 +84,7 @@ class _Pipe:
         try:
             await self._write(memoryview(data))
         finally:
-            if self.ending:
-                self._finished()
+            self._written()
 
     async def _write(self, view: memoryview) -> None:
         size = len(view)
@@ -118,6 +117,10 @@ class _Pipe:
         """The end, after what is being written."""
         self.ending = True
         if self._writer is None:
+            self._finished()
+
+    def _written(self) -> None:
+        if self.ending:
             self._finished()
 
     def _finished(self) -> None:
@@ -168,7 +171,12 @@ class LoopbackStream:
 
     async def write(self, *parts: bytes | bytearray | memoryview) -> None:
         """Send the parts in order as one piece; returns when all are taken over."""
-        await self._out.write(b"".join(parts))
+        try:
+            await self._out.write(b"".join(parts))
+        except asyncio.CancelledError:
+            if self._out.broken:
+                self._in.reset()
+            raise
 
     async def close_write(self) -> None:
         """End our direction after what was written."""

@@ -164,24 +164,30 @@ class MuxedStream:
         mux, wire = self._mux, self._wire
         if wire.error is not None or mux.reset_by is not None or mux.fin_due or wire.writers:
             self._raise_if_unwritable()
-        if self._prefix:
-            parts = (self._prefix, *parts)
+        prefix = self._prefix
+        if prefix:
+            parts = (prefix, *parts)
             self._prefix = b""
+        if wire.send_now(mux, parts):
+            return
+        before = mux.queued  # a proposal that the link has had no room for
         mux.send(parts)
         total = mux.queued
         wire.pump()
         if mux.queued:
-            await self._drained(total)
+            await self._drained(0 if before else total, prefix)
 
-    async def _drained(self, total: int) -> None:
+    async def _drained(self, total: int, prefix: bytes) -> None:
+        """Wait until all is framed. Cancelled while `total` bytes still wait, nothing was: they are withdrawn."""
         mux, wire = self._mux, self._wire
         wire.raise_if_closed()
         waiter = wire.writers[mux.id] = asyncio.get_running_loop().create_future()
         try:
             await waiter
         except asyncio.CancelledError:
-            if mux.queued == total and self._dialer is None:
+            if mux.queued == total:
                 mux.withdraw()
+                self._prefix = prefix
             elif mux.queued:
                 self.reset()
             raise
