@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -19,6 +20,7 @@ from ..protocol.limits import (
     Scope,
 )
 from ..protocol.multiaddr import Multiaddr
+from ..protocol.pace import Buckets
 from .limits import CONNECTION_MEMORY, AllowList, HostLimits, origin
 
 _FLEETING: Final = (TRANSIENT, ALLOWED_TRANSIENT)
@@ -40,10 +42,15 @@ class Ticket:
 class Gate:
     """Gives out tickets. The limits themselves are in limits.py, the counting in protocol/limits.py."""
 
-    def __init__(self, limiter: Limiter, limits: HostLimits, allow: AllowList) -> None:
+    def __init__(self, limiter: Limiter, limits: HostLimits, allow: AllowList, *, now: Callable[[], float]) -> None:
         self._limiter = limiter
         self._limits = limits
         self._allow = allow
+        self._now = now
+        self._rates = {
+            Kind.ADDRESS: Buckets(rate=limits.accepts_per_ip, burst=4 * limits.connections_per_ip),
+            Kind.SUBNET: Buckets(rate=limits.accepts_per_subnet, burst=4 * limits.connections_per_subnet),
+        }
 
     def admit(self, address: Multiaddr) -> Ticket:
         """Room for an accepted connection. Raises OverLimit.
@@ -54,6 +61,7 @@ class Gate:
         where = origin(address, limit_loopback=self._limits.limit_loopback)
         subnet = where[-1] if where else None
         try:
+            self._check_rates(where)
             return Ticket(self._limiter.reserve((SYSTEM, *where, TRANSIENT), _INBOUND), subnet)
         except OverLimit as exc:
             if self._allow.has_address(address):
@@ -61,6 +69,14 @@ class Gate:
             if not self._allow.names_peers:
                 raise
             return Ticket(self._limiter.reserve((ALLOWED_TRANSIENT,), _INBOUND), subnet, exc)
+
+    def _check_rates(self, where: tuple[Scope, ...]) -> None:
+        """Handshakes cost, however short the connections are."""
+        now = self._now()
+        for scope in where:
+            buckets = self._rates[scope.kind]
+            if not buckets.take(scope.key, now):
+                raise OverLimit(scope, "rate", buckets.rate)
 
     def subnet(self, address: Multiaddr) -> Scope | None:
         """The group of an address; None for loopback."""

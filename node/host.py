@@ -132,7 +132,7 @@ class Host:
             StaticKey.create(key),
             clock=self.clock,
             limits=self.limits,
-            gate=Gate(self.limiter, self.limits, AllowList(allow)),
+            gate=Gate(self.limiter, self.limits, AllowList(allow), now=self.clock.now),
             refused=self.refused,
             on_stream=self._handlers.take,
         )

@@ -42,6 +42,10 @@ class HostLimits:
     """Accepted connections from one IPv4 address or IPv6 /56; loopback is exempt."""
     connections_per_subnet: int = 128
     """Accepted connections from one IPv4 /24 or IPv6 /48; loopback is exempt."""
+    accepts_per_ip: float = 8.0
+    """Connections accepted from one address a second, after four times as many as may be open; loopback is exempt."""
+    accepts_per_subnet: float = 32.0
+    """The same from one subnet."""
     connections_per_peer: int = 8
     """Connections with one proven identity, both ways."""
     handshakes: int = 128
@@ -148,7 +152,6 @@ class Rules:
             Kind.PEER: {
                 r.CONNECTIONS: limits.connections_per_peer,
                 r.STREAMS_IN: limits.streams_in_per_peer,
-                r.STREAMS_OUT: limits.streams_out_per_peer,
                 r.MEMORY: limits.memory_per_peer,
             },
             Kind.PEER_TRANSIENT: {r.STREAMS_IN: limits.negotiating_per_peer},

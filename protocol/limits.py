@@ -68,12 +68,11 @@ ALLOWED_TRANSIENT: Final = Scope(Kind.ALLOWED_TRANSIENT)
 class OverLimit(Refused):
     """A scope has no room for what was asked. `reason` is the stable name under which it is counted."""
 
-    def __init__(self, scope: Scope, resource: Resource, limit: int) -> None:
+    def __init__(self, scope: Scope, what: str, limit: float) -> None:
         self.scope = scope
-        self.resource = resource
-        self.reason = f"{scope.kind}-{resource}"
+        self.reason = f"{scope.kind}-{what}"
         whose = "" if scope.key is None else f" of {scope.key}"
-        super().__init__(f"the limit of {limit} {resource} for {scope.kind}{whose} is reached; try again later")
+        super().__init__(f"the limit of {limit:g} {what} for {scope.kind}{whose} is reached; try again later")
 
 
 class Limiter:

@@ -32,6 +32,7 @@ class Tally:
         "reset_here",
         "reset_there",
         "stale_bytes_in",
+        "stale_frames_in",
         "turned_away",
         "windows_grown",
     )
@@ -44,6 +45,7 @@ class Tally:
         self.bytes_out = [0] * len(CLASSES)
         self.stale_bytes_in = 0
         """Payload of streams that were gone already: it crossed our reset."""
+        self.stale_frames_in = 0
         self.control_in = 0
         """Frames that are not DATA: windows, pings, resets, go-away."""
         self.control_out = 0

@@ -19,9 +19,10 @@ from ...protocol.connection import Connection
 from ...protocol.errors import RemoteProtocolError
 from ...protocol.ids import PeerId
 from ...protocol.multiaddr import Multiaddr
+from ...protocol.pace import Chores, Pace
 from ...protocol.yamux import MAX_UNACKED, Event, Opened, Pong, Session, WentAway
 from ...protocol.yamux_frames import GoAway
-from ...protocol.yamux_stream import MuxStream, Readable, Writable
+from ...protocol.yamux_stream import MuxStream, Part, Readable, Writable
 from ..clock import Clock
 from .base import ConnectionClosed
 from .life import Life
@@ -106,6 +107,7 @@ class Wire(asyncio.BufferedProtocol):
         self._lingering: dict[int, tuple[MuxStream, float]] = {}
         self._handshake_timeout_s = handshake_timeout_s
         self._timer: asyncio.TimerHandle | None = None
+        self._pace = Pace(self.opened_at)
         self._stalls = 0
         self._bytes_out_then = 0
         self._pings: dict[int, float] = {}
@@ -141,6 +143,11 @@ class Wire(asyncio.BufferedProtocol):
     def stream_count(self) -> int:
         """Open streams, both ways."""
         return len(self._session)
+
+    @property
+    def streams_out(self) -> int:
+        """Open streams that we opened."""
+        return len(self._session) - self._session.inbound
 
     @property
     def local_ip(self) -> str | None:
@@ -183,6 +190,11 @@ class Wire(asyncio.BufferedProtocol):
         was_open = self._connection.is_open
         try:
             events = self._connection.received(nbytes)
+            self._pace.check(self._session.tally, self._session.now)
+        except Chores as exc:
+            self.cut_for = "chores"
+            self._break(exc)
+            return
         except RemoteProtocolError as exc:
             self._break(exc)
             return
@@ -190,7 +202,8 @@ class Wire(asyncio.BufferedProtocol):
             self._handshake_done()
         for event in events:
             self._dispatch(event)
-        self.pump()
+        if self._connection.has_output:
+            self.pump()
 
     def eof_received(self) -> bool:
         """The peer closed its side of the link: it is gone, libp2p has no half-closed connections."""
@@ -227,13 +240,23 @@ class Wire(asyncio.BufferedProtocol):
         if transport is None or self.error is not None:
             return
         connection = self._connection
-        while connection.has_output and not self._paused and self.error is None:
-            frame = connection.pull()
-            if frame is not None:
-                self.bytes_out += len(frame)
-                self._send(transport, frame)
+        while not self._paused and self.error is None and (frame := connection.pull()) is not None:
+            self.bytes_out += len(frame)
+            self._send(transport, frame)
         if self._session.drained:
             self._wake_drained()
+
+    def send_now(self, mux: MuxStream, parts: tuple[Part, ...]) -> bool:
+        """Send a message at once if it fits one frame and nothing waits to go before it."""
+        transport = self._transport
+        if transport is None or self._paused:
+            return False
+        frame = self._connection.frame_now(mux, parts)
+        if frame is None:
+            return False
+        self.bytes_out += len(frame)
+        self._send(transport, frame)
+        return True
 
     def _send(self, transport: asyncio.Transport, frame: bytes | bytearray) -> None:
         """Give a frame to the kernel; only what it does not take goes through the event loop's queue.
