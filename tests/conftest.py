@@ -112,3 +112,15 @@ def _open_files():
 def clock(request):
     """The clock to hand to what is tested: virtual under the virtual marker, else the machine's."""
     return LoopClock() if request.node.get_closest_marker("virtual") else Clock()
+
+
+@pytest.fixture
+def lab():
+    """Network namespaces and emulated links, gone with the test (marker netns); skips where they cannot be made."""
+    from lab.spaces import Lab, Unavailable
+
+    try:
+        with Lab() as made:
+            yield made
+    except Unavailable as exc:
+        pytest.skip(f"no lab here: {exc}")
