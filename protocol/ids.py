@@ -11,6 +11,7 @@ import base64
 import binascii
 import hashlib
 import secrets
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import lru_cache
@@ -31,8 +32,11 @@ _MAX_KEY: Final = 4096
 """Longest marshalled key accepted: RSA 8192 takes about 1,100 bytes."""
 _MIN_RSA_BITS: Final = 2048
 _MAX_RSA_BITS: Final = 8192
+_MAX_RSA_EXPONENT: Final = (1 << 31) - 1
+"""Real keys have 65537; a huge one makes each check of a signature take 14 ms."""
 _MAX_TEXT: Final = 128
 _LIBP2P_KEY_CODEC: Final = 0x72
+_COMPRESSED_POINT: Final = 33
 
 
 def base58_encode(data: bytes) -> str:
@@ -91,7 +95,7 @@ class PeerId:
         try:
             if len(text) > _MAX_TEXT:
                 raise ValueError("too long")
-            if text.startswith(("12D3", "16Ui", "Qm", "1")):
+            if text.startswith(("1", "Qm")):
                 return cls(base58_decode(text))
             return cls(_cid_multihash(text))
         except (ValueError, RemoteProtocolError) as exc:
@@ -138,19 +142,41 @@ def _peer_text(raw: bytes) -> str:
 
 
 def _cid_multihash(text: str) -> bytes:
-    """Multihash of a CIDv1 with codec libp2p-key in multibase b (base32) or z (base58)."""
-    if text[:1] == "b":
-        try:
-            data = base64.b32decode(text[1:].upper() + "=" * (-len(text[1:]) % 8))
-        except binascii.Error as exc:
-            raise ValueError(str(exc)) from None
-    elif text[:1] == "z":
-        data = base58_decode(text[1:])
-    else:
+    """Multihash of a CIDv1 with codec libp2p-key, in any of the usual multibases."""
+    decoder = _MULTIBASES.get(text[:1])
+    if decoder is None:
         raise ValueError("neither base58 nor a CID")
+    try:
+        data = decoder(text[1:])
+    except binascii.Error as exc:
+        raise ValueError(str(exc)) from None
     if data[:2] != bytes((1, _LIBP2P_KEY_CODEC)):
         raise ValueError("the CID is not a version 1 libp2p-key")
     return data[2:]
+
+
+def _base32(text: str) -> bytes:
+    return base64.b32decode(text + "=" * (-len(text) % 8))
+
+
+def _base36(text: str) -> bytes:
+    if not text.isascii() or not text.isalnum():
+        raise ValueError("not base36")
+    number = int(text, 36)
+    zeros = len(text) - len(text.lstrip("0"))
+    return bytes(zeros) + number.to_bytes((number.bit_length() + 7) // 8, "big")
+
+
+# each prefix stands for one case of letters only
+_MULTIBASES: Final[dict[str, Callable[[str], bytes]]] = {
+    "b": lambda text: _base32(text.swapcase()),
+    "B": _base32,
+    "f": binascii.unhexlify,
+    "F": binascii.unhexlify,
+    "k": _base36,
+    "K": _base36,
+    "z": base58_decode,
+}
 
 
 _Key = ed25519.Ed25519PublicKey | rsa.RSAPublicKey | ec.EllipticCurvePublicKey
@@ -221,15 +247,23 @@ def _load_public(key_type: KeyType, data: bytes) -> _Key:
     if key_type is KeyType.ED25519:
         return ed25519.Ed25519PublicKey.from_public_bytes(data)
     if key_type is KeyType.SECP256K1:
+        if len(data) != _COMPRESSED_POINT:  # the long form of the same key would be another peer id
+            raise ValueError(f"a compressed point has {_COMPRESSED_POINT} bytes, not {len(data)}")
         return ec.EllipticCurvePublicKey.from_encoded_point(ec.SECP256K1(), data)
     key = serialization.load_der_public_key(data)
     if key_type is KeyType.RSA and isinstance(key, rsa.RSAPublicKey):
-        if not _MIN_RSA_BITS <= key.key_size <= _MAX_RSA_BITS:
-            raise ValueError(f"RSA keys must have {_MIN_RSA_BITS} to {_MAX_RSA_BITS} bits, not {key.key_size}")
-        return key
+        return _checked_rsa(key)
     if key_type is KeyType.ECDSA and isinstance(key, ec.EllipticCurvePublicKey):
         return key
     raise ValueError("the key inside is of another type")
+
+
+def _checked_rsa(key: rsa.RSAPublicKey) -> rsa.RSAPublicKey:
+    if not _MIN_RSA_BITS <= key.key_size <= _MAX_RSA_BITS:
+        raise ValueError(f"RSA keys must have {_MIN_RSA_BITS} to {_MAX_RSA_BITS} bits, not {key.key_size}")
+    if key.public_numbers().e > _MAX_RSA_EXPONENT:
+        raise ValueError(f"the RSA exponent must be at most {_MAX_RSA_EXPONENT}")
+    return key
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,44 +1,104 @@
 """Peer ids and keys: the vectors of the libp2p peer-ids specification, every key type, any junk."""
 
+import base64
+import json
+from pathlib import Path
+
 import pytest
 from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
 from hypothesis import given
 from hypothesis import strategies as st
+from swarmnode.protocol import protobuf
 from swarmnode.protocol.errors import ConfigError, RemoteProtocolError
 from swarmnode.protocol.ids import KeyType, PeerId, PrivateKey, PublicKey, base58_decode, base58_encode
 
-# libp2p/specs peer-ids: keys in their protobuf form
-SPEC_ED25519_PRIVATE = (
-    "080112407e0830617c4a7de83925dfb2694556b12936c477a0e1feb2e148ec9da60fee7d1ed1e8fae2c4a144b8be8fd4b47bf3d3b34b871c3c"
-    "acf6010f0e42d474fce27e"
-)
-SPEC_ED25519_PUBLIC = "080112201ed1e8fae2c4a144b8be8fd4b47bf3d3b34b871c3cacf6010f0e42d474fce27e"
-SPEC_SECP256K1_PUBLIC = "08021221037777e994e452c21604f91de093ce415f5432f701dd8cd1a7a6fea0e630bfca99"
-SPEC_ECDSA_PUBLIC = (
-    "0803125b3059301306072a8648ce3d020106082a8648ce3d03010703420004de3d300fa36ae0e8f5d530899d83abab44abf3161f162a4bc901"
-    "d8e6ecda020e8b6d5f8da30525e71d6851510c098e5c47c646a597fb4dcec034e9f77c409e62"
-)
+VECTORS = json.loads((Path(__file__).parent.parent / "vectors" / "peer_ids.json").read_text())
+"""Keys and ids as the libp2p peer-ids specification prints them."""
 
 seeds = st.binary(min_size=32, max_size=32)
 
 
-def test_specification_vectors():
-    key = PrivateKey.unmarshal(bytes.fromhex(SPEC_ED25519_PRIVATE))
-    assert key.marshal().hex() == SPEC_ED25519_PRIVATE
-    assert key.public.marshal().hex() == SPEC_ED25519_PUBLIC
-    for text in (SPEC_SECP256K1_PUBLIC, SPEC_ECDSA_PUBLIC):
-        assert PublicKey.unmarshal(bytes.fromhex(text)).marshal().hex() == text
+def foreign_private(key_type, data):
+    """A private key of the specification's own encodings, which a node never has to read."""
+    if key_type is KeyType.SECP256K1:
+        return ec.derive_private_key(int.from_bytes(data, "big"), ec.SECP256K1())
+    if key_type is KeyType.ED25519:
+        return ed25519.Ed25519PrivateKey.from_private_bytes(data[:32])
+    return serialization.load_der_private_key(data, None)
 
 
-def test_text_forms_of_one_id():
-    # the example of the specification: base58 multihash and CIDv1 in base32
-    legacy = "QmYyQSo1c1Ym7orWxLYvCrM2EmxFTANf8wXmmE7DWjhx5N"
-    cid = "bafzbeie5745rpv2m6tjyuugywy4d5ewrqgqqhfnf445he3omzpjbx5xqxe"
-    assert str(PeerId.parse(legacy)) == legacy
-    assert PeerId.parse(cid) == PeerId.parse(legacy)
-    assert PeerId.parse("12D3KooWD3eckifWpRn9wQpMG9R9hX3sD158z7EqHWmweQAJU5SA").public_key() is not None
-    assert PeerId.parse(legacy).public_key() is None
+def foreign_public(key_type, key) -> PublicKey:
+    """Our form of a public key of the cryptography package."""
+    if key_type is KeyType.ED25519:
+        return PublicKey(key_type, key.public_key().public_bytes_raw())
+    if key_type is KeyType.SECP256K1:
+        form = serialization.Encoding.X962, serialization.PublicFormat.CompressedPoint
+        return PublicKey(key_type, key.public_key().public_bytes(*form))
+    return PublicKey(key_type, spki(key))
+
+
+def foreign_sign(key_type, key, message):
+    if key_type is KeyType.ED25519:
+        return key.sign(message)
+    if key_type is KeyType.RSA:
+        return key.sign(message, padding.PKCS1v15(), hashes.SHA256())
+    return key.sign(message, ec.ECDSA(hashes.SHA256()))
+
+
+@pytest.mark.parametrize("key_type", list(KeyType))
+def test_published_keys(key_type):
+    vector = VECTORS["keys"][key_type.name.lower()]
+    public = PublicKey.unmarshal(bytes.fromhex(vector["public"]))
+    assert (public.type, public.marshal().hex()) == (key_type, vector["public"])
+    fields = protobuf.decode(bytes.fromhex(vector["private"]))
+    assert protobuf.first_int(fields, 1) == key_type
+    private = foreign_private(key_type, protobuf.first_bytes(fields, 2))
+    assert foreign_public(key_type, private) == public
+    signature = foreign_sign(key_type, private, b"message")
+    assert public.verify(b"message", signature)
+    assert not public.verify(b"massage", signature)
+    assert PeerId.from_public_key(public) == public.peer_id
+    inline = key_type in (KeyType.ED25519, KeyType.SECP256K1)
+    assert public.peer_id.public_key() == (public if inline else None)
+
+
+def test_the_published_key_of_our_own_type():
+    vector = VECTORS["keys"]["ed25519"]
+    key = PrivateKey.unmarshal(bytes.fromhex(vector["private"]))
+    assert key.marshal().hex() == vector["private"]
+    assert key.public.marshal().hex() == vector["public"]
+
+
+def cid(raw: bytes, base: str) -> str:
+    """A libp2p-key CIDv1 of a multihash."""
+    data = b"\x01\x72" + raw
+    if base in "bB":
+        text = base64.b32encode(data).decode().rstrip("=")
+        return base + (text.lower() if base == "b" else text)
+    if base in "kK":
+        number, letters = int.from_bytes(data, "big"), ""
+        while number:
+            number, digit = divmod(number, 36)
+            letters = "0123456789abcdefghijklmnopqrstuvwxyz"[digit] + letters
+        return base + (letters if base == "k" else letters.upper())
+    if base in "fF":
+        return base + (data.hex() if base == "f" else data.hex().upper())
+    return "z" + base58_encode(data)
+
+
+@pytest.mark.parametrize("legacy", VECTORS["texts"])
+def test_text_forms_of_one_id(legacy):
+    peer = PeerId.parse(legacy)
+    assert str(peer) == legacy
+    for text in [*VECTORS["texts"][legacy], *(cid(peer.raw, base) for base in "bBfFkKz")]:
+        assert PeerId.parse(text) == peer, text
+    assert (peer.public_key() is None) == legacy.startswith("Qm")
+
+
+def test_the_example_cid_is_what_its_bytes_say():
+    for legacy, (example, *_) in [(k, v) for k, v in VECTORS["texts"].items() if v]:
+        assert cid(PeerId.parse(legacy).raw, "b") == example
 
 
 def test_ids_of_ed25519_keys_are_inline():
@@ -65,26 +125,6 @@ def spki(key) -> bytes:
     return key.public_key().public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
 
 
-def test_foreign_key_types_verify():
-    rsa_key = rsa.generate_private_key(65537, 2048)
-    curve_key = ec.generate_private_key(ec.SECP256R1())
-    koblitz_key = ec.generate_private_key(ec.SECP256K1())
-    point = koblitz_key.public_key().public_bytes(
-        serialization.Encoding.X962, serialization.PublicFormat.CompressedPoint
-    )
-    signed = [
-        (PublicKey(KeyType.RSA, spki(rsa_key)), rsa_key.sign(b"m", padding.PKCS1v15(), hashes.SHA256())),
-        (PublicKey(KeyType.ECDSA, spki(curve_key)), curve_key.sign(b"m", ec.ECDSA(hashes.SHA256()))),
-        (PublicKey(KeyType.SECP256K1, point), koblitz_key.sign(b"m", ec.ECDSA(hashes.SHA256()))),
-    ]
-    for key, signature in signed:
-        assert key.verify(b"m", signature)
-        assert not key.verify(b"n", signature)
-        assert PublicKey.unmarshal(key.marshal()).peer_id == key.peer_id
-    assert str(signed[0][0].peer_id).startswith("Qm")
-    assert str(signed[2][0].peer_id).startswith("16Uiu2")
-
-
 @given(st.binary(max_size=120))
 def test_junk_keys_and_ids_are_the_peers_fault(data):
     for parse in (PublicKey.unmarshal, PeerId):
@@ -108,7 +148,26 @@ def test_base58_round_trip(data):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "12D3KooW", "12D3Koo0", "Qm", "hello", "bafy", "b!", "z11", "1" * 500, "bafkreie"]
+    "text",
+    [
+        "",
+        "12D3KooW",
+        "12D3Koo0",
+        "Qm",
+        "hello",
+        "bafy",
+        "b!",
+        "z11",
+        "1" * 500,
+        "bafkreie",
+        "k0",
+        "k!",
+        "k\u0661",
+        "f0",
+        "fzz",
+        "mAXI",
+        "b" + "7" * 40,
+    ],
 )
 def test_bad_text_names_the_text_and_the_fix(text):
     with pytest.raises(ConfigError, match=r"is not a peer id.*12D3KooW"):
@@ -128,3 +187,23 @@ def test_small_rsa_keys_are_refused():
     weak = rsa.generate_private_key(65537, 1024)
     with pytest.raises(RemoteProtocolError, match="2048"):
         PublicKey(KeyType.RSA, spki(weak))
+
+
+def test_rsa_keys_that_are_slow_to_check_are_refused():
+    numbers = rsa.generate_private_key(65537, 2048).public_key().public_numbers()
+    for exponent in ((1 << 31) - 1, (1 << 31) + 1):
+        slow = rsa.RSAPublicNumbers(exponent, numbers.n).public_key()
+        data = slow.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
+        if exponent < 1 << 31:
+            PublicKey(KeyType.RSA, data)
+        else:
+            with pytest.raises(RemoteProtocolError, match="exponent"):
+                PublicKey(KeyType.RSA, data)
+
+
+def test_a_secp256k1_key_has_one_form_only():
+    key = PublicKey.unmarshal(bytes.fromhex(VECTORS["keys"]["secp256k1"]["public"]))
+    point = ec.EllipticCurvePublicKey.from_encoded_point(ec.SECP256K1(), key.data)
+    long = point.public_bytes(serialization.Encoding.X962, serialization.PublicFormat.UncompressedPoint)
+    with pytest.raises(RemoteProtocolError, match="33 bytes, not 65"):
+        PublicKey(KeyType.SECP256K1, long)
