@@ -45,6 +45,8 @@ CLOSE_GRACE_S: Final = 1.0
 WRITE_BUFFER: Final = 0
 """Bytes the event loop may hold for the link before it pauses us: none, for they would queue in front of
 decode frames. What the kernel takes is bounded by TCP_NOTSENT_LOWAT."""
+PACE_BYTES: Final = 64 * 1024
+"""Bytes received between two looks at what they were good for: at most 5,461 frames."""
 _RTT_WEIGHT: Final = 0.25
 
 
@@ -108,6 +110,7 @@ class Wire(asyncio.BufferedProtocol):
         self._handshake_timeout_s = handshake_timeout_s
         self._timer: asyncio.TimerHandle | None = None
         self._pace = Pace(self.opened_at)
+        self._pace_due = PACE_BYTES
         self._stalls = 0
         self._bytes_out_then = 0
         self._pings: dict[int, float] = {}
@@ -190,7 +193,9 @@ class Wire(asyncio.BufferedProtocol):
         was_open = self._connection.is_open
         try:
             events = self._connection.received(nbytes)
-            self._pace.check(self._session.tally, self._session.now)
+            if self.bytes_in >= self._pace_due:
+                self._pace_due = self.bytes_in + PACE_BYTES
+                self._pace.check(self._session.tally, self._session.now)
         except Chores as exc:
             self.cut_for = "chores"
             self._break(exc)
