@@ -1,12 +1,14 @@
 """Self-describing network addresses: `/ip4/1.2.3.4/tcp/4001/p2p/12D3KooW…`, as text and as bytes.
 
 Text comes from users and configuration (ConfigError naming the part that is wrong); bytes come from peers
-(RemoteProtocolError). Only the protocols a TCP libp2p peer may announce are known; an address with any
-other one is refused whole, for its length on the wire cannot be known. Codes: the multiaddr protocol table.
+(RemoteProtocolError). What libp2p peers announce nowadays is known, so that it can be kept and passed on,
+though only TCP is ever dialed; an address with another part is refused whole, for the part's length on the
+wire cannot be known. Codes: the multiaddr protocol table.
 """
 
 from __future__ import annotations
 
+import base64
 import ipaddress
 import re
 from dataclasses import dataclass
@@ -28,25 +30,40 @@ _VARIABLE: Final = -1
 _PROTOCOLS: Final = {
     "ip4": (4, 4),
     "tcp": (6, 2),
+    "dccp": (33, 2),
     "ip6": (41, 16),
     "ip6zone": (42, _VARIABLE),
     "dns": (53, _VARIABLE),
     "dns4": (54, _VARIABLE),
     "dns6": (55, _VARIABLE),
     "dnsaddr": (56, _VARIABLE),
+    "sctp": (132, 2),
     "udp": (273, 2),
+    "webrtc-direct": (280, 0),
+    "webrtc": (281, 0),
     "p2p-circuit": (290, 0),
+    "udt": (301, 0),
+    "utp": (302, 0),
     "p2p": (421, _VARIABLE),
+    "https": (443, 0),
     "tls": (448, 0),
+    "sni": (449, _VARIABLE),
+    "noise": (454, 0),
+    "quic": (460, 0),
     "quic-v1": (461, 0),
+    "webtransport": (465, 0),
+    "certhash": (466, _VARIABLE),
     "ws": (477, 0),
     "wss": (478, 0),
+    "http": (480, 0),
     # private-use range: addresses of the in-memory transport, never on a real wire
     "memory": (777, 8),
 }
 _NAMES: Final = {code: (name, size) for name, (code, size) in _PROTOCOLS.items()}
 _ALIASES: Final = {"ipfs": "p2p"}
 _HOSTS: Final = ("ip4", "ip6", "dns", "dns4", "dns6", "dnsaddr")
+_PORTS: Final = ("tcp", "udp", "dccp", "sctp")
+_NAMED: Final = ("dns", "dns4", "dns6", "dnsaddr", "sni")
 _DNS_NAME: Final = re.compile(
     r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?(\.[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?)*\.?"
 )
@@ -194,13 +211,15 @@ def _canonical(name: str, value: str) -> str:
         if "%" in value:
             raise ValueError("an IPv6 zone goes in front, as /ip6zone/<zone>/ip6/…")
         return str(ipaddress.IPv6Address(value))
-    if name in ("tcp", "udp"):
+    if name in _PORTS:
         return str(_number(name, value, 65535))
     if name == "memory":
         return str(_number(name, value, (1 << 64) - 1))
     if name == "p2p":
         return _canonical_peer(value)
-    if name in _HOSTS:
+    if name == "certhash":
+        return _hash_text(_hash_bytes(value))
+    if name in _NAMED:
         if len(value) > _MAX_DNS or not _DNS_NAME.fullmatch(value):
             raise ValueError(f"{value!r} is not a DNS name")
         return value
@@ -217,6 +236,17 @@ def _canonical_peer(value: str) -> str:
         return str(PeerId.parse(value))
     except ConfigError as exc:
         raise ValueError(str(exc)) from None
+
+
+def _hash_bytes(text: str) -> bytes:
+    """The multihash of a certificate, whose text form is base64url behind a `u`."""
+    if text[:1] != "u" or not re.fullmatch(r"[A-Za-z0-9_-]+", text[1:]):
+        raise ValueError(f"{text[:24]!r} is not a certificate hash, which looks like uEi…")
+    return base64.urlsafe_b64decode(text[1:] + "=" * (-len(text[1:]) % 4))
+
+
+def _hash_text(value: bytes) -> str:
+    return "u" + base64.urlsafe_b64encode(value).decode().rstrip("=")
 
 
 def _number(name: str, value: str, largest: int) -> int:
@@ -236,7 +266,9 @@ def _part_bytes(name: str, value: str) -> bytes:
         return head + ipaddress.IPv6Address(value).packed
     if size > 0:
         return head + int(value).to_bytes(size, "big")
-    return head + protobuf.delimited(PeerId.parse(value).raw if name == "p2p" else value.encode())
+    if name == "p2p":
+        return head + protobuf.delimited(PeerId.parse(value).raw)
+    return head + protobuf.delimited(_hash_bytes(value) if name == "certhash" else value.encode())
 
 
 def _parse_bytes(raw: bytes) -> tuple[tuple[str, str], ...]:
@@ -261,12 +293,16 @@ def _parse_bytes(raw: bytes) -> tuple[tuple[str, str], ...]:
 
 
 def _value_text(name: str, value: bytes) -> str:
+    if not value:
+        if _PROTOCOLS[name][1]:
+            raise ValueError(f"/{name} needs a value")
+        return ""
     if name == "ip4":
         return str(ipaddress.IPv4Address(value))
     if name == "ip6":
         return str(ipaddress.IPv6Address(value))
-    if name in ("tcp", "udp", "memory"):
+    if name in _PORTS or name == "memory":
         return str(int.from_bytes(value, "big"))
     if name == "p2p":
         return str(PeerId(value))
-    return _canonical(name, value.decode("ascii")) if value else ""
+    return _hash_text(value) if name == "certhash" else _canonical(name, value.decode("ascii"))

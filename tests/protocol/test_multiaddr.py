@@ -8,6 +8,8 @@ from swarmnode.protocol.ids import PrivateKey
 from swarmnode.protocol.multiaddr import MAX_BYTES, Multiaddr
 
 PEER = PrivateKey.from_seed(bytes(32)).peer_id
+CERTIFICATE = "uEiDDq4_xNyDorZBH3TlGazyJdOWSwvo4PUo5YHFMrvDE8g"
+"""The SHA-256 of some certificate."""
 OTHER = PrivateKey.from_seed(bytes(31) + b"\1").peer_id
 
 
@@ -18,6 +20,7 @@ OTHER = PrivateKey.from_seed(bytes(31) + b"\1").peer_id
         ("/ip4/1.2.3.4/udp/1234/quic-v1", "0401020304910204d2cd03"),
         ("/ip6/::1/tcp/80", "2900000000000000000000000000000001060050"),
         ("/dns4/example.com/tcp/443", "360b6578616d706c652e636f6d0601bb"),
+        ("/ip4/127.0.0.1/udp/4002/webrtc-direct/certhash/uEiAB", "047f00000191020fa29802d20303122001"),
     ],
 )
 def test_known_bytes(text, binary):
@@ -34,6 +37,13 @@ def test_known_bytes(text, binary):
         "/ip6zone/eth0/ip6/fe80::1/tcp/7",
         "/dnsaddr/bootstrap.libp2p.io",
         "/dns6/a-b.example/tcp/1/ws",
+        f"/ip4/1.2.3.4/udp/4001/quic-v1/webtransport/certhash/{CERTIFICATE}/certhash/{CERTIFICATE}/p2p/{PEER}",
+        "/dns/a.example/tcp/443/tls/sni/b.example/http",
+        "/ip4/1.2.3.4/sctp/5/utp",
+        "/ip4/1.2.3.4/dccp/5/udt",
+        f"/p2p/{PEER}/p2p-circuit/webrtc/p2p/{OTHER}",
+        "/ip4/1.2.3.4/tcp/5/noise",
+        "/ip4/1.2.3.4/tcp/5/https",
     ],
 )
 def test_round_trip(text):
@@ -80,6 +90,9 @@ def test_parts():
         ("/ip4/1.2.3.4" * 13, "more than 12"),
         ("/" * 2000, "too long"),
         ("/", "empty"),
+        ("/ip4/1.2.3.4/udp/1/quic-v1/webtransport/certhash/zQm", "certificate hash"),
+        ("/ip4/1.2.3.4/udp/1/quic-v1/webtransport/certhash/u=", "certificate hash"),
+        ("/ip4/1.2.3.4/udp/1/quic-v1/webtransport/certhash/uA", "malformed"),
     ],
 )
 def test_malformed_text_names_the_part(text, part):
@@ -94,6 +107,22 @@ def test_junk_bytes_are_the_peers_fault(data):
     except RemoteProtocolError:
         return
     assert Multiaddr.parse(str(address)) == address
+
+
+@pytest.mark.parametrize("binary", ["3500", "2a00", "c10300", "d20300", "a50300"])
+def test_parts_without_their_value(binary):
+    with pytest.raises(RemoteProtocolError, match="needs a value"):
+        Multiaddr.from_bytes(bytes.fromhex(binary))
+
+
+@given(st.sampled_from(["35", "36", "37", "38", "2a", "c103", "d203"]), st.binary(max_size=40))
+def test_junk_values_of_variable_length(code, value):
+    data = bytes.fromhex(code) + bytes((len(value),)) + value
+    try:
+        address = Multiaddr.from_bytes(data)
+    except RemoteProtocolError:
+        return
+    assert Multiaddr.parse(str(address)).to_bytes() == data
 
 
 @given(st.text(max_size=60))
