@@ -24,6 +24,9 @@ MAX_ALLOWED: Final = 1024
 """Entries of the allow-list."""
 CONNECTION_MEMORY: Final = 192 * 1024
 """What a busy connection's own buffers take: 128 KiB to receive a Noise message, 64 KiB to build one."""
+_MAY_BE_ZERO: Final = frozenset(
+    ("allowed_connections", "allowed_handshakes", "handshake_grace_s", "grace_s", "limit_loopback")
+)
 _ADDRESS_BITS: Final = {4: 32, 6: 56}
 _SUBNET_BITS: Final = {4: 24, 6: 48}
 
@@ -88,9 +91,10 @@ class HostLimits:
     def __post_init__(self) -> None:
         for name in self.__slots__:
             value = getattr(self, name)
-            least = 0 if name in ("allowed_connections", "allowed_handshakes", "handshake_grace_s", "grace_s") else None
-            if name != "limit_loopback" and (value < least if least is not None else value <= 0):
+            if value < 0 or (not value and name not in _MAY_BE_ZERO):
                 raise ConfigError(f"HostLimits.{name} is {value}: it must be positive")
+        if self.low_water > self.high_water:
+            raise ConfigError(f"HostLimits.low_water is {self.low_water}: it must not be over {self.high_water}")
 
     def fitted(self, descriptors: int | None) -> HostLimits:
         """These limits, lowered to what the process may open; None: it may open any number.
