@@ -17,6 +17,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Final
 
@@ -39,6 +40,7 @@ from .tasks import Supervisor
 from .transport.base import Listener, ProtocolUnsupported, Stream, Transport
 from .transport.stream import MuxedStream
 from .transport.tcp import TcpTransport, expand
+from .transport.trace import TraceFolder
 from .transport.wire import Wire
 from .wires import PeerCallback, Wires
 
@@ -100,6 +102,7 @@ class Host:
         limits: HostLimits | None = None,
         allow: Sequence[str] = (),
         agent: str = "swarmnode",
+        trace_dir: Path | None = None,
     ) -> None:
         self.key = key
         self.peer_id = key.peer_id
@@ -139,6 +142,8 @@ class Host:
         self._wires.on_disconnect.append(self.book.forget_protocols)
         self._dialer = Dialer(self._wires, self.book, self._tasks, self._transports, self._journal)
         self._basics = Basics(self, self._tasks)
+        self._traces = TraceFolder(trace_dir, self.clock, self.peer_id) if trace_dir is not None else None
+        self._wires.traces = self._traces
         self._wires.on_open.append(self._journal.opened)
         self._wires.on_close.append(self._journal.closed)
         self._wires.on_open.append(self._basics.connected)
@@ -170,6 +175,8 @@ class Host:
         self._addrs_until = 0.0
         await self._tasks.aclose()
         await self._wires.aclose()
+        if self._traces is not None:
+            await self._traces.aclose()
 
     async def listen(self, address: Multiaddr) -> Multiaddr:
         """Listen on one more address; returns the one really bound. Raises ConfigError."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import logging
 import socket
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping
@@ -21,8 +22,9 @@ from ..protocol.trace import TraceEvent, clean
 from .clock import Clock
 from .metrics import HostMetrics, Sums, of
 from .transport.base import ConnectionClosed
-from .transport.life import Life
 from .transport.wire import Wire
+
+logger = logging.getLogger(__name__)
 
 MAX_ENDED: Final = 64
 """Ended connections remembered, with authenticated peers."""
@@ -83,10 +85,6 @@ class Journal:
         self.strangers: deque[EndedConnection] = deque(maxlen=MAX_STRANGERS)
         self.dial_failures: deque[DialFailure] = deque(maxlen=MAX_DIAL_FAILURES)
 
-    def begin(self) -> Life:
-        """The log of a new connection."""
-        return Life(self._clock)
-
     def opened(self, wire: Wire) -> None:
         """A peer has proven its identity on it."""
         self._opened[wire.outbound] += 1
@@ -95,6 +93,9 @@ class Journal:
     def closed(self, wire: Wire) -> None:
         """A connection is gone, opened or not."""
         life = wire.life
+        if life.tap is not None:
+            life.tap.close()
+        logger.debug("%r ended in phase %s: %s", wire, life.phase, life.reason)
         known = life.handshake_s is not None
         self._gone.add(wire)
         self._handshakes_failed += not known

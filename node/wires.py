@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TypeVar, cast
 
 from ..protocol.connection import Connection
@@ -13,12 +14,15 @@ from ..protocol.ids import PeerId
 from ..protocol.limits import Kind, OverLimit, Resource, Scope, WindowBudget
 from ..protocol.multiaddr import Multiaddr
 from ..protocol.noise import StaticKey
+from ..protocol.recorder import RecordingConnection
 from ..protocol.yamux import WINDOW_BUDGET
 from .clock import Clock
 from .gate import Gate, Ticket
 from .limits import HostLimits
 from .transport.base import ConnectionClosed
+from .transport.life import Life
 from .transport.stream import MuxedStream
+from .transport.trace import TraceFolder
 from .transport.wire import Wire, WireEvents
 from .trim import Candidate, Stranger, Trimmer, giving_way, idle
 
@@ -48,6 +52,8 @@ class Wires:
         """Told of every wire that opens."""
         self.on_close: list[Callable[[Wire], None]] = []
         """Told of every wire that ends, opened or not."""
+        self.traces: TraceFolder | None = None
+        """Where every connection made from now on is traced."""
         self.protectors: list[Callable[[PeerId], bool]] = []
         """Who says which peers' idle wires are to be kept, besides protect()."""
         self.dial_turns = asyncio.Semaphore(limits.dials)
@@ -156,13 +162,16 @@ class Wires:
 
     def _make(self, address: Multiaddr, *, outbound: bool, expected: PeerId | None, ticket: Ticket | None) -> Wire:
         budget = WindowBudget(ticket.reservation, WINDOW_BUDGET) if ticket is not None else None
+        trace = self.traces.begin(address, outbound=outbound) if self.traces is not None else None
+        kind = Connection if trace is None else partial(RecordingConnection, emit=trace.emit)
         wire = Wire(
-            Connection(self._static, initiator=outbound, expected=expected, node_budget=budget),
+            kind(self._static, initiator=outbound, expected=expected, node_budget=budget),
             address=address,
             outbound=outbound,
             clock=self._clock,
             events=WireEvents(opened=self._opened, stream=self._on_stream, closed=self._closed),
             handshake_timeout_s=self.limits.handshake_timeout_s,
+            life=Life(self._clock, trace),
         )
         if ticket is not None:
             self._tickets[wire] = ticket

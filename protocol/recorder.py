@@ -221,6 +221,14 @@ class RecordingSession(Session):
         self._record("frames_sent", {"room": len(out), "size": size, "frames": frames}, self._touched(frames))
         return size
 
+    def frame_now(self, stream: MuxStream, parts: tuple[Part, ...]) -> bytes | None:
+        """See Session."""
+        frame = super().frame_now(stream, parts)
+        length = sum(memoryview(part).nbytes for part in parts)
+        sent = Headers().feed(frame or b"")
+        self._record("stream_framed", {"stream": stream.id, "length": length, "frames": sent}, (stream,))
+        return frame
+
     def receive(self, data: bytes) -> list[Event]:
         """See Session."""
         frames = self._headers.feed(data)

@@ -141,7 +141,14 @@ class _Run:
         except LocalProtocolError as exc:
             return Departure(line=line, name=event.name, expected="the call to succeed", got=clean(str(exc)))
         self.records += 1
+        self._count()
         return self._compare(line, event)
+
+    def _count(self) -> None:
+        for name, data in self._produced:
+            frames = len(data.get("frames", ()))
+            self.frames_in += frames if name == "yamux:frames_received" else 0
+            self.frames_out += frames if name != "yamux:frames_received" else 0
 
     def _compare(self, line: int, event: TraceEvent) -> Departure | None:
         name, data = self._produced[0] if self._produced else ("nothing", {})
@@ -171,7 +178,6 @@ class _Run:
         elif name == "yamux:frames_sent":
             session.fill(memoryview(bytearray(_integer(data, "room", MAX_CHUNK))))
             session.drained.clear()
-            self.frames_out += len(data.get("frames", ()))
         elif name == "yamux:stream_opened":
             self._keep(session.open())
         elif name == "yamux:ping_sent":
@@ -190,6 +196,8 @@ class _Run:
         elif name == "stream_written":
             length = _integer(data, "length", MAX_WRITE)
             stream.send(tuple(_zeros(length)))
+        elif name == "stream_framed":
+            session.frame_now(stream, tuple(_zeros(_integer(data, "length", MAX_WRITE))))
         elif name == "stream_finished":
             stream.finish()
         elif name == "stream_withdrawn":
@@ -220,7 +228,6 @@ class _Run:
 
     def _receive(self, session: RecordingSession, data: Any) -> None:
         plain = self._incoming.bytes_of(data)
-        self.frames_in += len(data["frames"])
         for event in session.receive(plain):
             if isinstance(event, Opened):
                 self._keep(event.stream)

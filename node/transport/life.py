@@ -7,8 +7,7 @@ events also go into a file.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from ...protocol.trace import TraceEvent, clean
 from ..clock import Clock
@@ -16,7 +15,21 @@ from ..clock import Clock
 MAX_EVENTS: Final = 32
 """Events kept of one connection, the last ones; a peer cannot make us keep more."""
 
-Tap = Callable[[TraceEvent], None]
+
+class Tap(Protocol):
+    """Hears everything besides: a trace on its way to a file."""
+
+    def event(self, event: TraceEvent) -> None:
+        """Something happened."""
+
+    def emit(self, name: str, data: dict[str, Any]) -> None:
+        """Something happened just now."""
+
+    def authenticated(self, peer: str) -> None:
+        """The peer has proven its identity."""
+
+    def close(self) -> None:
+        """The connection has ended."""
 
 
 class Life:
@@ -44,7 +57,7 @@ class Life:
     def __init__(self, clock: Clock, tap: Tap | None = None) -> None:
         self._clock = clock
         self.tap = tap
-        """Hears of every event besides."""
+        """Hears of every event, and of more; None unless the connection is traced."""
         self.events: deque[TraceEvent] = deque(maxlen=MAX_EVENTS)
         self.began_at = clock.now()
         self.handshake_s: float | None = None
@@ -72,12 +85,14 @@ class Life:
         event = TraceEvent(self._clock.now(), name, safe)
         self.events.append(event)
         if self.tap is not None:
-            self.tap(event)
+            self.tap.event(event)
 
     def secured(self, peer: str, *, early_muxer: bool) -> None:
         """The handshake is over."""
         self.handshake_s = self._clock.now() - self.began_at
         self.early_muxer = early_muxer
+        if self.tap is not None:
+            self.tap.authenticated(peer)
         self.note("security:peer_authenticated", peer=peer, handshake_s=self.handshake_s, early_muxer=early_muxer)
 
     def pinged(self) -> None:
@@ -94,12 +109,16 @@ class Life:
         """The link takes no more for now."""
         self.pauses += 1
         self._paused_at = self._clock.now()
+        if self.tap is not None:
+            self.tap.emit("connectivity:link_paused", {})
 
     def resumed(self) -> None:
         """The link has room again."""
         if self._paused_at is not None:
             self.paused_s += self._clock.now() - self._paused_at
             self._paused_at = None
+            if self.tap is not None:
+                self.tap.emit("connectivity:link_resumed", {})
 
     def ended(self, reason: str, *, phase: str, streams: int) -> None:
         """The connection is gone. `streams` were open until now."""

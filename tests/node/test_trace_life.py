@@ -19,13 +19,36 @@ class Stopped:
         return self.time
 
 
+class Heard(list):
+    """A tap that keeps what it is told."""
+
+    def event(self, event):
+        self.append(event.name)
+
+    def emit(self, name, data):
+        self.append(name)
+
+    def authenticated(self, peer):
+        self.append(peer)
+
+    def close(self):
+        self.append("closed")
+
+
 def test_events_are_a_bounded_ring_and_reach_the_tap():
-    heard = []
-    life = Life(Stopped(), tap=heard.append)
+    heard = Heard()
+    life = Life(Stopped(), heard)
     for number in range(MAX_EVENTS + 5):
         life.note("test:event", number=number)
     assert [event.data["number"] for event in life.events] == list(range(5, MAX_EVENTS + 5))
     assert len(heard) == MAX_EVENTS + 5
+    heard.clear()
+    life.secured("peer", early_muxer=True)
+    life.paused()
+    life.resumed()
+    assert heard == [
+        *("peer", "security:peer_authenticated", "connectivity:link_paused", "connectivity:link_resumed"),
+    ]
 
 
 def test_texts_of_peers_are_tamed():

@@ -53,6 +53,14 @@ class Recorded:
             data = data[cut:]
         return size
 
+    def framed(self, stream, message):
+        """Past the queues, as a wire does with short messages; None: it must queue."""
+        target = self.server if stream.session is self.client else self.client
+        frame = stream.session.frame_now(stream, message)
+        if frame is not None:
+            self.accepted += [event.stream for event in target.receive(frame) if isinstance(event, Opened)]
+        return frame
+
     def settle(self):
         while self.carry(self.client, self.server) + self.carry(self.server, self.client):
             pass
@@ -74,7 +82,9 @@ def busy(seed, *, node_bytes=None, steps=400):
             stream.priority = rng.choice(tuple(Priority))
             stream.protocol = "/test/\x1b[2J"
         elif action in (2, 3) and not stream.fin_due and stream.reset_by is None:
-            stream.send((SECRET, bytes(rng.choice((0, 10, 70_000, 700_000)))))
+            message = SECRET, bytes(rng.choice((0, 10, 70_000, 700_000)))
+            if rng.random() < 0.5 or pair.framed(stream, message) is None:
+                stream.send(message)
         elif action == 4:
             stream.want(rng.choice((0, 100_000)))
         elif action in (5, 6):
@@ -286,6 +296,7 @@ def _line(name, **data):
         (_line("frames_received", size=1, frames=[], tail=""), "its frames make 0 bytes"),
         (_line("ping_sent", opaque=-1), "opaque"),
         (_line("go_away_sent", code=9), "code"),
+        (_line("frames_sent", room=True), "room"),
         (_line("nonsense", stream=1), "stream 1 was never opened"),
         (_line("ping_sent", opaque=1, now="x"), "now: a number"),
         (_line("ping_sent", opaque=1, granted=5), "granted: a list"),
@@ -321,6 +332,14 @@ KEYS = (
     *("size", "frames", "tail", "room", "opaque", "code", "stream", "length", "most", "priority", "protocol"),
     *("now", "rtt", "granted"),
 )
+
+
+def test_fields_of_another_kind_are_a_departure():
+    first = header(title="t", client=True, wall=0.0, time=0.0)
+    start = json.dumps({"time": 0, "name": "yamux:session_started", "data": _started()})
+    departure = replay([first, start, _line("frames_sent", room=100, frames=7, state="x")]).departure
+    assert departure.line == 3
+    assert '"frames":7' in departure.expected
 
 
 @settings(max_examples=60)
