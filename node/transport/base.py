@@ -103,8 +103,19 @@ class Transport(Protocol):
     def can_listen(self, address: Multiaddr) -> bool:
         """Whether this transport can listen on the address."""
 
-    async def dial(self, address: Multiaddr, factory: Callable[[Multiaddr], asyncio.BufferedProtocol]) -> None:
-        """Connect; `factory` is called once with the address really dialed. Raises OSError with the cause."""
+    async def dial(
+        self,
+        address: Multiaddr,
+        factory: Callable[[Multiaddr], asyncio.BufferedProtocol],
+        *,
+        bulk: bool = False,
+        from_listener: bool = False,
+    ) -> None:
+        """Connect; `factory` is called once with the address really dialed. Raises OSError with the cause.
+
+        `bulk`: made for throughput, not for latency. `from_listener`: from the port that others dial, so that a
+        NAT in front of us shows the same address for both.
+        """
 
     async def listen(self, address: Multiaddr, factory: Callable[[Multiaddr], asyncio.BufferedProtocol]) -> Listener:
         """Accept links; `factory` is called per link with the remote's address.

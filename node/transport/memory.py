@@ -204,7 +204,9 @@ class MemoryTransport:
         """There are no names here."""
         return (address,)
 
-    async def dial(self, address: Multiaddr, factory: Factory) -> None:
+    async def dial(
+        self, address: Multiaddr, factory: Factory, *, bulk: bool = False, from_listener: bool = False
+    ) -> None:
         """Make a link. Raises OSError."""
         await self.network.connect(self, address.without_peer(), factory)
 

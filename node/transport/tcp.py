@@ -1,9 +1,12 @@
 """TCP links, with the socket options that decide a token's latency. Measured reasons: docs/spec/transport.md.
 
 cubic, set before connect: BBR paces small bursts, which costs 70 ms per token on a 100 ms path, and the
-pacing flag sticks to a socket that ever had it. TCP_NOTSENT_LOWAT keeps bulk out of the kernel's queue,
-where no priority of ours could overtake it. Options a system lacks are skipped: they make a node slower,
-never wrong.
+pacing flag sticks to a socket that ever had it. Connections for bulk have BBR, which keeps the queue of the
+bottleneck short for everybody else. TCP_NOTSENT_LOWAT keeps bulk out of the kernel's queue, where no priority
+of ours could overtake it. Options a system lacks are skipped: they make a node slower, never wrong.
+
+A port is bound exclusively, and opened for SO_REUSEPORT only after that: so a second node never shares it by
+accident, and we can still dial from it.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import errno
 import socket
 import sys
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import Final, Protocol
 
 from ...protocol.errors import ConfigError
 from ...protocol.multiaddr import Multiaddr
@@ -27,15 +30,25 @@ USER_TIMEOUT_MS: Final = 20_000
 KEEPALIVE_IDLE_S: Final = 30
 KEEPALIVE_INTERVAL_S: Final = 10
 KEEPALIVE_PROBES: Final = 3
-CONGESTION: Final = b"cubic"
+LATENCY: Final = (b"cubic", b"reno")
+"""Congestion control of connections for small messages, the first that may be had: an unprivileged process
+often has the choice of reno and the system's default only."""
+BULK: Final = (b"bbr", b"cubic")
+"""The same of connections for bulk."""
 MAX_RESOLVED: Final = 8
 """Addresses taken from one DNS answer."""
 
 Factory = Callable[[Multiaddr], asyncio.BufferedProtocol]
+NewSocket = Callable[[int, int], socket.socket]
+"""From family and type; socket.socket, unless the network to be on is another than the process's."""
 
 
 class TcpTransport:
     """Dials and listens on /ip4, /ip6 and /dns TCP addresses."""
+
+    def __init__(self, new_socket: NewSocket = socket.socket) -> None:
+        self._new_socket = new_socket
+        self._bound: dict[socket.AddressFamily, list[Multiaddr]] = {}  # what we listen on
 
     def can_dial(self, address: Multiaddr) -> bool:
         """Plain TCP, by IP or by name."""
@@ -56,14 +69,18 @@ class TcpTransport:
         )
         return tuple(dict.fromkeys(_multiaddr(entry[4]) for entry in found))[:MAX_RESOLVED]
 
-    async def dial(self, address: Multiaddr, factory: Factory) -> None:
+    async def dial(
+        self, address: Multiaddr, factory: Factory, *, bulk: bool = False, from_listener: bool = False
+    ) -> None:
         """Connect to an IP address. Raises OSError."""
         loop = asyncio.get_running_loop()
-        family = socket.AF_INET6 if address.ip and address.ip.version == 6 else socket.AF_INET
-        sock = socket.socket(family, socket.SOCK_STREAM)
+        family = _family(address)
+        sock = self._new_socket(family, socket.SOCK_STREAM)
         try:
             sock.setblocking(False)
-            tune(sock)
+            tune(sock, bulk=bulk)
+            if from_listener:
+                self._share_port(sock, family)
             await loop.sock_connect(sock, _sockaddr(address))
             await loop.create_connection(lambda: factory(address), sock=sock)
         except BaseException:
@@ -72,7 +89,7 @@ class TcpTransport:
 
     async def listen(self, address: Multiaddr, factory: Factory) -> TcpListener:
         """Listen on an IP address. Raises ConfigError naming what is wrong with it."""
-        sock = _bind(address)
+        sock = _bind(address, self._new_socket)
         try:
             server = await asyncio.get_running_loop().create_server(
                 lambda: _Accepted(factory), sock=sock, backlog=BACKLOG
@@ -80,20 +97,38 @@ class TcpTransport:
         except BaseException:
             sock.close()
             raise
-        return TcpListener(server, _multiaddr(sock.getsockname()))
+        bound = _multiaddr(sock.getsockname())
+        self._bound.setdefault(_family(address), []).append(bound)
+        return TcpListener(server, bound, self._closed)
+
+    def _share_port(self, sock: socket.socket, family: socket.AddressFamily) -> None:
+        """Bind a socket to the address we listen on. Raises OSError."""
+        bound = self._bound.get(family)
+        if not bound or not hasattr(socket, "SO_REUSEPORT"):
+            raise OSError(errno.EADDRNOTAVAIL, "no listening port of this address family to dial from")
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        sock.bind(_sockaddr(bound[0]))
+
+    def _closed(self, address: Multiaddr) -> None:
+        self._bound[_family(address)].remove(address)
 
 
 class TcpListener:
     """An open listening socket."""
 
-    def __init__(self, server: asyncio.Server, address: Multiaddr) -> None:
+    def __init__(self, server: asyncio.Server, address: Multiaddr, on_close: Callable[[Multiaddr], None]) -> None:
         self._server = server
+        self._on_close: Callable[[Multiaddr], None] | None = on_close
         self.address = address
         """What is really bound: port 0 replaced."""
 
     async def aclose(self) -> None:
         """Stop accepting."""
         self._server.close()
+        if self._on_close is not None:
+            self._on_close(self.address)
+            self._on_close = None
 
 
 class _Accepted(asyncio.Protocol):
@@ -112,12 +147,12 @@ class _Accepted(asyncio.Protocol):
         protocol.connection_made(transport)
 
 
-def tune(sock: socket.socket) -> None:
+def tune(sock: socket.socket, *, bulk: bool = False) -> None:
     """Set what the system offers of our options. On a listening socket they pass on to accepted ones."""
+    control_congestion(sock, BULK if bulk else LATENCY)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     wanted: list[tuple[str, int | bytes]] = [
-        ("TCP_CONGESTION", CONGESTION),
         ("TCP_NOTSENT_LOWAT", NOTSENT_LOWAT),
         ("TCP_USER_TIMEOUT", USER_TIMEOUT_MS),
         ("TCP_KEEPIDLE", KEEPALIVE_IDLE_S),
@@ -131,12 +166,34 @@ def tune(sock: socket.socket) -> None:
         try:
             sock.setsockopt(socket.IPPROTO_TCP, option, value)
         except OSError:
+            continue
+
+
+class Tunable(Protocol):
+    """What congestion control is set on: a socket, or what an event loop shows of one."""
+
+    def setsockopt(self, level: int, option: int, value: bytes, /) -> None: ...
+
+
+def control_congestion(sock: Tunable, wanted: Sequence[bytes]) -> None:
+    """Give a socket the first congestion control of a list that this system has and permits; else leave it."""
+    if not hasattr(socket, "TCP_CONGESTION"):
+        return
+    for name in wanted:
+        try:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, name)
+        except OSError:
             continue  # a module not loaded, or not permitted here
+        return
 
 
-def _bind(address: Multiaddr) -> socket.socket:
-    family = socket.AF_INET6 if address.ip and address.ip.version == 6 else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM)
+def _family(address: Multiaddr) -> socket.AddressFamily:
+    return socket.AF_INET6 if address.ip and address.ip.version == 6 else socket.AF_INET
+
+
+def _bind(address: Multiaddr, new_socket: NewSocket) -> socket.socket:
+    family = _family(address)
+    sock = new_socket(family, socket.SOCK_STREAM)
     try:
         sock.setblocking(False)
         if sys.platform != "win32":  # there it would let two nodes share a port
@@ -147,6 +204,8 @@ def _bind(address: Multiaddr) -> socket.socket:
         sock.bind(_sockaddr(address))
         # bind() succeeds on a port another process listens on; listen() is what refuses
         sock.listen(BACKLOG)
+        if hasattr(socket, "SO_REUSEPORT"):  # from now on, and only for sockets that ask for it, too
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     except OSError as exc:
         sock.close()
         raise ConfigError(f"cannot listen on {address}: {_cause(exc, address)}") from exc

@@ -111,6 +111,57 @@ async def test_options_are_set_before_connect():
             assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT) == tcp.NOTSENT_LOWAT
 
 
+class Choosy:
+    """A socket of a system that offers some congestion controls only."""
+
+    def __init__(self, *offered):
+        self.offered = offered
+        self.chosen = None
+
+    def setsockopt(self, level, option, value):
+        if value not in self.offered:
+            raise PermissionError(1, "Operation not permitted")
+        self.chosen = value
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_CONGESTION"), reason="not offered by this system")
+async def test_congestion_control_is_the_best_to_be_had():
+    for offered, latency, bulk in [
+        ((b"reno", b"cubic", b"bbr"), b"cubic", b"bbr"),
+        ((b"reno", b"bbr"), b"reno", b"bbr"),  # what an unprivileged process is often left with
+        ((b"cubic",), b"cubic", b"cubic"),
+        ((), None, None),
+    ]:
+        for wanted, expected in ((tcp.LATENCY, latency), (tcp.BULK, bulk)):
+            sock = Choosy(*offered)
+            tcp.control_congestion(sock, wanted)
+            assert sock.chosen == expected
+
+
+@pytest.mark.skipif(not hasattr(socket, "SO_REUSEPORT"), reason="not offered by this system")
+@pytest.mark.parametrize("listen", ["/ip4/127.0.0.1/tcp/0", "/ip4/0.0.0.0/tcp/0"])
+async def test_dialing_from_the_listening_port(listen):
+    async with hosts("tcp", 2) as (_, two):
+        transport = tcp.TcpTransport()
+        listener = await transport.listen(Multiaddr.parse(listen), lambda _: asyncio.BufferedProtocol())
+        links = []
+
+        class Link(asyncio.BufferedProtocol):
+            def connection_made(self, link):
+                links.append(link)
+
+        await transport.dial(two.listen_addrs[0].without_peer(), lambda _: Link(), from_listener=True)
+        assert links[0].get_extra_info("sockname") == ("127.0.0.1", listener.address.port)
+        # and all the while nobody else gets the port by accident
+        with pytest.raises(ConfigError, match="is in use"):
+            await tcp.TcpTransport().listen(listener.address, lambda _: asyncio.BufferedProtocol())
+        links[0].abort()
+        await listener.aclose()
+        await listener.aclose()
+        with pytest.raises(OSError, match="no listening port"):
+            await transport.dial(two.listen_addrs[0].without_peer(), lambda _: Link(), from_listener=True)
+
+
 CHILD = """
     import asyncio, sys
     from swarmnode.node.host import Host
