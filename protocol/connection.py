@@ -23,6 +23,7 @@ from .errors import LocalProtocolError, RemoteProtocolError
 from .ids import PeerId
 from .yamux import Budget, Session
 from .yamux_frames import GoAway
+from .yamux_stream import MuxStream, Part
 
 MUXERS: Final = (yamux.PROTOCOL,)
 
@@ -98,7 +99,17 @@ class Connection:
 
     def received(self, size: int) -> list[yamux.Event]:
         """`size` bytes were put into the buffer. Raises RemoteProtocolError."""
-        self._reader.commit(size)
+        reader, opener = self._reader, self._opener
+        reader.commit(size)
+        if self.phase is not Phase.OPEN or opener is None:
+            return self._received_early()
+        events: list[yamux.Event] = []
+        while (message := reader.next_frame()) is not None:
+            events += self.session.receive(opener.open(message))
+        return events
+
+    def _received_early(self) -> list[yamux.Event]:
+        """received() until the connection is open, and for what came behind the last bytes of the handshake."""
         if self.phase is Phase.SECURITY and not self._agree_on_security():
             return []
         events: list[yamux.Event] = []
@@ -188,12 +199,17 @@ class Connection:
         if self._out:
             out, self._out = self._out, b""
             return out
-        if self.phase is not Phase.OPEN:
+        if self.phase is not Phase.OPEN or not self.session.has_output:
             return None
         if not self._scratch:
             self._scratch = memoryview(bytearray(noise.MAX_PLAINTEXT))
         size = self.session.fill(self._scratch)
         return self._seal(self._scratch[:size]) if size else None
+
+    def frame_now(self, stream: MuxStream, parts: tuple[Part, ...]) -> bytearray | None:
+        """A message as one encrypted frame, at once; None when it has to queue: see Session.frame_now()."""
+        plain = self.session.frame_now(stream, parts)
+        return None if plain is None else self._seal(plain)
 
     def go_away(self, code: GoAway = GoAway.NORMAL) -> None:
         """Say good-bye with the next pull()."""

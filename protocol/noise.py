@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -43,8 +44,8 @@ _SIGNED: Final = b"noise-libp2p-static-key:"
 _KEY: Final = 32
 
 
-def _nonce(counter: int) -> bytes:
-    return b"\0\0\0\0" + counter.to_bytes(8, "little")
+_nonce: Final = struct.Struct("<4xQ").pack
+"""The nonce of a counter: four zero bytes, then little endian."""
 
 
 class XX:
@@ -176,8 +177,7 @@ class Sealer:
         frame = bytearray(2 + size)
         frame[0] = size >> 8
         frame[1] = size & 0xFF
-        nonce = b"\0\0\0\0" + self._counter.to_bytes(8, "little")
-        self._cipher.encrypt_into(nonce, plain, None, memoryview(frame)[2:])
+        self._cipher.encrypt_into(_nonce(self._counter), plain, None, memoryview(frame)[2:])
         self._counter += 1
         return frame
 
@@ -192,7 +192,7 @@ class Opener:
     def open(self, message: bytes | bytearray | memoryview) -> bytes:
         """The plaintext of one Noise message. Raises RemoteProtocolError when it was tampered with."""
         try:
-            plain = self._cipher.decrypt(b"\0\0\0\0" + self._counter.to_bytes(8, "little"), message, None)
+            plain = self._cipher.decrypt(_nonce(self._counter), message, None)
         except InvalidTag:
             raise RemoteProtocolError("a Noise message does not decrypt") from None
         self._counter += 1
@@ -324,10 +324,11 @@ class FrameReader:
 
     def get_buffer(self) -> memoryview:
         """Free room to receive into, never empty."""
-        capacity = len(self._data)
-        if self._start == self._end:
+        if self._start == self._end:  # as a rule: what came was whole messages
             self._start = self._end = 0
-        elif self._end == capacity or self._start + self._needed() > capacity:
+            return self._data
+        capacity = len(self._data)
+        if self._end == capacity or self._start + self._needed() > capacity:
             self._move(max(capacity, self._needed()))
         if self._end == len(self._data):
             self._move(2 * capacity)

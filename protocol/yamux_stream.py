@@ -124,11 +124,14 @@ class MuxStream:
         self._consumed += size
         first = self._chunks[0]
         end = self._head + size
-        if end < len(first):  # the common case of a small header
+        if end > len(first):
+            data = self._join(size)
+        else:  # as a rule: a message, or a header in front of one
             data = bytes(memoryview(first)[self._head : end])
             self._head = end
-        else:
-            data = self._join(size)
+            if end == len(first):
+                self._chunks.popleft()
+                self._head = 0
         if 2 * self.recv_credit <= self.window:
             self._grant()
         return data
@@ -208,7 +211,7 @@ class MuxStream:
         """Queue bytes. The buffers belong to the stream until `queued` is back to where it was."""
         for part in parts:
             view = memoryview(part)
-            if view.format != "B" or view.ndim != 1:
+            if isinstance(part, memoryview) and (part.format != "B" or part.ndim != 1):
                 view = view.cast("B")
             if len(view):
                 self._outgoing.append(view)

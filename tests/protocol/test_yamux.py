@@ -70,6 +70,42 @@ def test_parts_of_any_buffer_type_are_gathered():
     assert theirs.take(100) == b"abc" + bytes(range(16))
 
 
+def test_a_message_that_is_alone_takes_the_short_way():
+    pair = SessionPair()
+    mine, theirs = pair.open()
+    numbers = memoryview(bytes(range(16))).cast("I", shape=[2, 2])
+    plain = pair.client.frame_now(mine, (b"head", bytearray(b"er"), numbers))
+    assert plain == frame(FrameType.DATA, 0, mine.id, 22, b"header" + bytes(range(16)))
+    assert pair.server.receive(plain) == [Readable(theirs)]
+    assert theirs.take(100) == plain[12:]
+    assert pair.client.tally.bytes_out == pair.server.tally.bytes_in == [0, 0, 22]
+    credit = mine.send_credit
+    mine.send_credit = 9
+    assert pair.client.frame_now(mine, (bytes(10),)) is None
+    assert pair.client.frame_now(mine, (bytes(4), bytes(5))) is not None
+    assert mine.send_credit == 0
+    mine.send_credit = credit
+
+
+def test_the_short_way_overtakes_nothing():
+    pair = SessionPair()
+    mine, _ = pair.open()
+    assert pair.client.frame_now(mine, ()) is None
+    assert pair.client.frame_now(mine, (bytes(yamux.MAX_DATA + 1),)) is None
+    assert pair.client.frame_now(mine, (bytes(yamux.MAX_DATA),)) is not None
+    new = pair.client.open()
+    assert pair.client.frame_now(new, (b"before its SYN",)) is None
+    pair.exchange()
+    new.send((b"first",))
+    assert pair.client.frame_now(mine, (b"second",)) is None
+    pair.exchange()
+    new.send_credit = 0
+    new.send((b"waits for credit",))
+    assert not pair.client.has_output
+    assert pair.client.frame_now(new, (b"later",)) is None
+    assert pair.client.frame_now(mine, (b"another stream",)) is not None
+
+
 def test_credit_stops_the_sender_until_the_reader_reads():
     pair = SessionPair()
     mine, theirs = pair.open()
