@@ -210,6 +210,7 @@ def _folder_set(name: str) -> bool:
 @_option("--device", default="cpu", show_default=True, help="Torch device.")
 @_option("--threads", type=click.IntRange(1, 1024), default=None, metavar="N", help="Threads to compute with.")
 @_option("--identity", type=click.Path(path_type=Path), default=None, metavar="FILE", help="Key file, made if missing.")
+@_option("--allow", multiple=True, metavar="PEER|CIDR", help="Let it in even when the node is full. Repeatable.")
 @_option("--public-name", default="", metavar="NAME", help="What others see beside your peer id.")
 @_json
 @click.pass_context
@@ -227,6 +228,7 @@ def join(
     device: str,
     threads: int | None,
     identity: Path | None,
+    allow: tuple[str, ...],
     public_name: str,
     as_json: bool,
 ) -> int:
@@ -236,7 +238,8 @@ def join(
     READY and an address on stdout when others can use it.
     """
     span = parse_span(serve)
-    settings: dict[str, Any] = {"identity": identity, "public_name": public_name, "persistent": True, "lan": lan}
+    settings: dict[str, Any] = {"identity": identity, "public_name": public_name, "persistent": True}
+    settings |= {"lan": lan, "allow": allow}
     if listen:
         settings["listen"] = listen
     config = _config(peer, swarm, publish_runtime=True, **settings)

@@ -12,6 +12,7 @@ from ..protocol.errors import ConfigError
 from ..protocol.invite import SWARM_NAME, Invite, is_invite
 from ..protocol.kad import MAIN_SWARM
 from ..protocol.multiaddr import Multiaddr
+from .limits import AllowList
 
 APP: Final = "swarmnode"
 DEFAULT_LISTEN: Final = ("/ip4/0.0.0.0/tcp/0", "/ip6/::/tcp/0")
@@ -50,6 +51,8 @@ class NodeConfig:
     """Use the default key file (the next free profile of it), and remember the swarm's nodes between runs."""
     lan: bool = False
     """Be found on the local network, and look for the swarm there when no other way into it is known."""
+    allow: tuple[str, ...] | list[str] = ()
+    """Peer ids, IP addresses and networks that are trusted: they get in when the node is full of others."""
     public_name: str = ""
     """What others see beside the peer id."""
     data_dir: Path = field(default_factory=default_data_dir)
@@ -57,6 +60,8 @@ class NodeConfig:
     state_dir: Path = field(default_factory=default_state_dir)
     publish_runtime: bool = False
     """Write the runtime file by which other commands on this machine find this node."""
+    trace_dir: Path | None = None
+    """Trace every connection into files of this folder: headers and lengths, never payload. See docs/operations.md."""
     dht_server: bool = True
     """Answer others' look-ups. Short-lived clients should not."""
     kv_bytes: int | None = None
@@ -67,10 +72,11 @@ class NodeConfig:
     """How long a client waits for a replacement before it gives up, keeping what was generated."""
 
     def __post_init__(self) -> None:
-        for name in ("listen", "peers"):
+        for name in ("listen", "peers", "allow"):
             values = getattr(self, name)
             if isinstance(values, str):
-                raise ConfigError(f"{name} is the text {values!r}: use a list of multiaddrs")
+                raise ConfigError(f"{name} is the text {values!r}: use a list of texts")
+        AllowList(self.allow)
         for value in self.listen:
             Multiaddr.parse(value)
         self._take_invites()

@@ -112,6 +112,7 @@ class Discovery:
     async def run(self) -> None:
         """Keep the table, our announcements and hot keys fresh, until cancelled. Run once, in a supervisor."""
         unsubscribe = self._host.on_disconnect(self._disconnected)
+        unprotect = self._host.protect_if(self.dht.table.__contains__)
         try:
             async with Supervisor("discovery") as tasks:
                 self._tasks = tasks
@@ -122,6 +123,7 @@ class Discovery:
             self._tasks = None
             self._close()
             unsubscribe()
+            unprotect()
 
     async def bootstrap(self, addrs: Sequence[Multiaddr]) -> int:
         """Join the swarm through any of its live nodes; returns how many peers are known then.

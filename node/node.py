@@ -12,6 +12,7 @@ import contextlib
 import logging
 import os
 import random
+import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from ..protocol.errors import ConfigError, ModelNotFound, PeerUnreachable, Swarm
 from ..protocol.ids import PeerId
 from ..protocol.messages import INFO_MESSAGES, INFO_PROTOCOL, GetInfo, Info
 from ..protocol.multiaddr import Multiaddr
+from ..protocol.report import KEY_BYTES
 from ..routing.placement import choose_span
 from ..routing.swarm import SwarmView
 from . import lan
@@ -34,6 +36,7 @@ from .framing import FrameStream
 from .host import ConnectionInfo, Host
 from .identity import Identity
 from .models import Model, Models
+from .observe import Reporter
 from .remembered import Remembered
 from .runtime import RuntimeFile
 from .server.role import ServerRole
@@ -113,9 +116,11 @@ class Node:
                 Host(
                     identity.key,
                     listen=self.config.listen_addrs,
+                    allow=self.config.allow,
                     transports=self._transports,
                     clock=self._clock,
                     rng=self._rng,
+                    trace_dir=self.config.trace_dir,
                 )
             )
             self._tasks = await stack.enter_async_context(Supervisor("node"))
@@ -186,7 +191,9 @@ class Node:
 
     def _publish_runtime(self, stack: contextlib.AsyncExitStack) -> None:
         if self.config.publish_runtime:
-            file = RuntimeFile(self.config.state_dir, self.peer_id, self.config.swarm, self.addrs)
+            key = secrets.token_bytes(KEY_BYTES)
+            Reporter(self.host, key)
+            file = RuntimeFile(self.config.state_dir, self.peer_id, self.config.swarm, self.addrs, key)
             stack.callback(file.remove)
 
     def _identity(self) -> Identity:

@@ -29,6 +29,8 @@ def test_defaults_and_parsed_addresses():
         ({"listen": ["/ip4/999.0.0.1/tcp/0"]}, "999"),
         ({"peers": ["/ip4/127.0.0.1/tcp/4001"]}, "append /p2p/"),
         ({"peers": [PEER + "x"]}, "p2p"),
+        ({"allow": "10.0.0.1"}, "use a list"),
+        ({"allow": ["10.0.0.1", "a friend"]}, "'a friend' cannot be allowed"),
         ({"swarm": ""}, "swarm name"),
         ({"swarm": "a b"}, "swarm name"),
         ({"swarm": "a" * 65}, "swarm name"),
