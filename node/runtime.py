@@ -30,17 +30,24 @@ class RunningNode:
     peer: PeerId
     swarm: str
     addrs: tuple[Multiaddr, ...]
+    report_key: bytes = b""
+    """Opens the report protocol (protocol/report.py); empty when the node does not offer it."""
 
 
 class RuntimeFile:
     """This node's own file. `remove` when it stops."""
 
-    def __init__(self, state_dir: Path, peer: PeerId, swarm: str, addrs: Sequence[Multiaddr]) -> None:
+    def __init__(
+        self, state_dir: Path, peer: PeerId, swarm: str, addrs: Sequence[Multiaddr], report_key: bytes = b""
+    ) -> None:
         self._path = state_dir / f"node-{os.getpid()}-{peer.short}.json"
         body = {"pid": os.getpid(), "peer": str(peer), "swarm": swarm, "addrs": [str(addr) for addr in addrs]}
+        body["report_key"] = report_key.hex()
         try:
             state_dir.mkdir(parents=True, exist_ok=True)
             partial = self._path.with_suffix(".new")
+            partial.touch(mode=0o600)
+            partial.chmod(0o600)  # left over from a crash, it may have another mode
             partial.write_text(json.dumps(body))
             partial.replace(self._path)
         except OSError as exc:
@@ -78,7 +85,8 @@ def _read(path: Path) -> RunningNode | None:
         with path.open("rb") as file:
             body = json.loads(file.read(MAX_FILE_BYTES))
         addrs = tuple(Multiaddr.parse(text) for text in body["addrs"])
-        node = RunningNode(int(body["pid"]), PeerId.parse(body["peer"]), str(body["swarm"]), addrs)
+        key = bytes.fromhex(body.get("report_key", ""))
+        node = RunningNode(int(body["pid"]), PeerId.parse(body["peer"]), str(body["swarm"]), addrs, key)
     except (OSError, ValueError, KeyError, TypeError, RecursionError, ConfigError):
         return None
     if _alive(node.pid):
