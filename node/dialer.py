@@ -103,7 +103,7 @@ class Dialer:
             wire = await Race(partial(self._attempt, peer, usable), _dispose).run(order(usable))
         except DialFailed as exc:
             raise DialFailed([*exc.causes, *causes]) from exc
-        self._book.add(wire.remote, [wire.address])
+        self._book.proven(wire.remote, wire.address)
         return wire.remote
 
     async def _usable(

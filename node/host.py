@@ -110,7 +110,7 @@ class Host:
         self.rng = rng or random.Random(key.seed)
         self.limits = (limits or HostLimits()).fitted(descriptors())
         self.agent = agent
-        self.book = PeerBook()
+        self.book = PeerBook(self.clock.now)
         """What peers claim about themselves."""
         self.refused: Counter[str] = Counter()
         """Connections and streams turned away or cut, by the reasons of docs/spec/transport.md."""
@@ -139,7 +139,7 @@ class Host:
             refused=self.refused,
             on_stream=self._handlers.take,
         )
-        self._wires.on_disconnect.append(self.book.forget_protocols)
+        self._wires.on_disconnect.append(self.book.left)
         self._dialer = Dialer(self._wires, self.book, self._tasks, self._transports, self._journal)
         self._basics = Basics(self, self._tasks)
         self._traces = TraceFolder(trace_dir, self.clock, self.peer_id) if trace_dir is not None else None
@@ -235,7 +235,7 @@ class Host:
         self.book.add(peer, addrs)
 
     def addrs(self, peer: PeerId) -> tuple[Multiaddr, ...]:
-        """Known addresses of a peer, newest first, without /p2p."""
+        """Known addresses of a peer, the best first (see PeerBook), without /p2p."""
         return self.book.get(peer).addrs
 
     def peers(self) -> tuple[PeerId, ...]:

@@ -117,7 +117,12 @@ class PeerId:
 
         Raises RemoteProtocolError when the inline bytes are no valid key.
         """
-        return PublicKey.unmarshal(self.raw[2:]) if self.raw[0] == 0 else None
+        return PublicKey.unmarshal(self.raw[2:]) if self.is_inline else None
+
+    @property
+    def is_inline(self) -> bool:
+        """The id contains the key: a short one, Ed25519 or secp256k1, whose signatures are quick to check."""
+        return self.raw[0] == 0
 
     @property
     def short(self) -> str:

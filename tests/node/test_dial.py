@@ -1,12 +1,9 @@
-"""The dial race under a virtual clock, and the peer book."""
+"""The dial race under a virtual clock."""
 
 import asyncio
 
 import pytest
-from helpers.hosts import key
-from swarmnode.node import peerbook
 from swarmnode.node.dial import MAX_ADDRESSES, STAGGER_S, DialFailed, Race, order
-from swarmnode.node.peerbook import PeerBook
 from swarmnode.protocol.errors import RemoteProtocolError
 from swarmnode.protocol.multiaddr import Multiaddr
 
@@ -73,25 +70,3 @@ async def test_families_take_turns_and_doubles_go():
     six = [Multiaddr.parse(f"/ip6/::{n}/tcp/1") for n in range(1, 3)]
     assert order([*four, *six, four[0]]) == [four[0], six[0], four[1], six[1], four[2]]
     assert len(order(Multiaddr.parse(f"/memory/{n}") for n in range(99))) == MAX_ADDRESSES
-
-
-async def test_the_book_keeps_the_newest_and_is_bounded(monkeypatch):
-    book = PeerBook()
-    peer = key(1).peer_id
-    for number in range(peerbook.MAX_ADDRS + 3):
-        book.add(peer, [Multiaddr.parse(f"/memory/{number}")])
-    addrs = book.get(peer).addrs
-    assert len(addrs) == peerbook.MAX_ADDRS
-    assert str(addrs[0]) == f"/memory/{peerbook.MAX_ADDRS + 2}"
-    book.add(peer, [A.with_peer(key(2).peer_id)])
-    assert A not in book.get(peer).addrs
-    monkeypatch.setattr(peerbook, "MAX_PEERS", 2)
-    for number in (2, 3):
-        book.add(key(number).peer_id, [A])
-    assert len(book) == 2
-    assert book.get(peer).addrs == ()
-    book.identified(key(2).peer_id, ["/p"], "agent")
-    book.identified(key(2).peer_id, [], "")
-    assert book.get(key(2).peer_id).protocols == {"/p"}
-    book.forget_protocols(key(2).peer_id)
-    assert book.get(key(2).peer_id).protocols == frozenset()
