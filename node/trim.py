@@ -55,22 +55,23 @@ class Stranger(Generic[C]):
     connection: C
     group: Hashable
     """The subnet it comes from."""
-    since: float
+    due: float
+    """From when on it gives way to whomever."""
 
 
-def giving_way(strangers: Sequence[Stranger[C]], *, group: Hashable, now: float, grace_s: float) -> C | None:
+def giving_way(strangers: Sequence[Stranger[C]], *, group: Hashable, now: float) -> C | None:
     """Which handshake ends so that one more, from `group`, can begin; None: none.
 
-    The oldest of the subnet that holds most, unless the newcomer's would then hold as many: who floods us from few
-    places keeps nobody else out. Failing that the oldest of all, when it has had its grace: handshakes take two round
+    The first due of the subnet that holds most, unless the newcomer's would then hold as many: who floods us from few
+    places keeps nobody else out. Failing that the first due of all, if its time has come: handshakes take two round
     trips, a stranger that dawdles is not missed.
     """
     sizes = Counter(stranger.group for stranger in strangers)
     largest = max(sizes, key=lambda name: sizes[name], default=None)
     if sizes[largest] > sizes[group] + 1:
-        return min((s for s in strangers if s.group == largest), key=lambda s: s.since).connection
-    oldest = min(strangers, key=lambda s: s.since, default=None)
-    return oldest.connection if oldest is not None and now - oldest.since >= grace_s else None
+        return min((s for s in strangers if s.group == largest), key=lambda s: s.due).connection
+    first = min(strangers, key=lambda s: s.due, default=None)
+    return first.connection if first is not None and now >= first.due else None
 
 
 class Trimmer(Generic[C]):

@@ -7,7 +7,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TypeVar, cast
+from typing import Final, TypeVar, cast
 
 from ..protocol.connection import Connection
 from ..protocol.ids import PeerId
@@ -25,6 +25,11 @@ from .transport.stream import MuxedStream
 from .transport.trace import TraceFolder
 from .transport.wire import Wire, WireEvents
 from .trim import Candidate, Stranger, Trimmer, giving_way, idle
+
+SILENT_GRACE_S: Final = 0.1
+"""A stranger's first bytes come right behind its connection; one without them soon gives way to a newcomer."""
+FIRST_FLIGHT: Final = 64
+"""Bytes in every dialer's first flight: two multistream messages and Noise's first, or at least the former."""
 
 PeerCallback = Callable[[PeerId], None]
 T = TypeVar("T")
@@ -149,7 +154,7 @@ class Wires:
         if full.scope.kind not in (Kind.TRANSIENT, Kind.ALLOWED_TRANSIENT):
             return None
         strangers = [
-            Stranger(wire, ticket.subnet, wire.opened_at)
+            Stranger(wire, ticket.subnet, wire.opened_at + self._grace_of(wire))
             for wire in self._handshaking
             if not wire.outbound and full.scope in (ticket := self._tickets[wire]).reservation.scopes
         ]
@@ -157,8 +162,12 @@ class Wires:
             strangers,
             group=self._gate.subnet(address),
             now=self._clock.now(),
-            grace_s=self.limits.handshake_grace_s,
         )
+
+    def _grace_of(self, stranger: Wire) -> float:
+        """How long it keeps its place for certain: less while it has not said what a dialer says at once."""
+        grace_s = self.limits.handshake_grace_s
+        return grace_s if stranger.bytes_in >= FIRST_FLIGHT else min(grace_s, SILENT_GRACE_S)
 
     def _make(self, address: Multiaddr, *, outbound: bool, expected: PeerId | None, ticket: Ticket | None) -> Wire:
         budget = WindowBudget(ticket.reservation, WINDOW_BUDGET) if ticket is not None else None

@@ -88,10 +88,10 @@ async def attack(world, host, number: int, **options) -> Attacker:
     return made[0]
 
 
-async def attack_tcp(host, number: int, *, source: str = "127.0.0.1", **options) -> Attacker:
+async def attack_tcp(port: int, number: int, *, source: str = "127.0.0.1", **options) -> Attacker:
     """An attacker over loopback TCP, from any address of 127.0.0.0/8."""
     _, attacker = await asyncio.get_running_loop().create_connection(
-        lambda: Attacker(number, **options), "127.0.0.1", host.listen_addrs[0].port, local_addr=(source, 0)
+        lambda: Attacker(number, **options), "127.0.0.1", port, local_addr=(source, 0)
     )
     if options.get("speaks", True):
         await attacker.open

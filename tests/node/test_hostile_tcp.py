@@ -33,7 +33,7 @@ async def test_a_peer_that_takes_nothing_is_cut(monkeypatch):
                 ended.set()
 
         host.handle("/flood", flood)
-        deaf = await attack_tcp(host, 9)
+        deaf = await attack_tcp(host.listen_addrs[0].port, 9)
         deaf.send(opening(1, "/flood") + window(1, 1 << 30))
         deaf.link.pause_reading()
         for _ in range(250):  # it answers pings though it never sees them: their numbers are no secret
@@ -59,9 +59,9 @@ async def test_one_source_cannot_take_the_room_of_others():
     )
     async with tcp_host(1, limits=limits) as host, tcp_host(2) as honest:
         host.handle(ECHO, echo)
-        ones = [await attack_tcp(host, 9, source="127.0.1.1", speaks=False) for _ in range(4)]
+        ones = [await attack_tcp(host.listen_addrs[0].port, 9, source="127.0.1.1", speaks=False) for _ in range(4)]
         await ones[3].lost
-        others = [await attack_tcp(host, 9, source="127.0.1.2", speaks=False) for _ in range(3)]
+        others = [await attack_tcp(host.listen_addrs[0].port, 9, source="127.0.1.2", speaks=False) for _ in range(3)]
         await others[2].lost
         assert host.refused == {
             "address-connections-in": 1,

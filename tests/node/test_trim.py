@@ -52,23 +52,23 @@ def test_protection_can_be_passed_over_for_spares():
 
 
 def strangers(*groups):
-    return [Stranger(f"{group}{number}", group, float(number)) for number, group in enumerate(groups)]
+    return [Stranger(f"{group}{number}", group, 9.0 + number) for number, group in enumerate(groups)]
 
 
 def test_the_largest_group_gives_way_to_a_smaller_one_at_once():
-    assert giving_way(strangers("b", "a", "a", "a"), group="c", now=3.0, grace_s=9.0) == "a1"
-    assert giving_way(strangers("b", "a", "a", "a"), group="b", now=3.0, grace_s=9.0) == "a1"
+    assert giving_way(strangers("b", "a", "a", "a"), group="c", now=3.0) == "a1"
+    assert giving_way(strangers("b", "a", "a", "a"), group="b", now=3.0) == "a1"
 
 
 def test_a_group_does_not_push_itself_out_nor_an_equal_one():
-    assert giving_way(strangers("a", "a", "a"), group="a", now=3.0, grace_s=9.0) is None
-    assert giving_way(strangers("b", "b", "a", "a", "a"), group="b", now=3.0, grace_s=9.0) is None
+    assert giving_way(strangers("a", "a", "a"), group="a", now=3.0) is None
+    assert giving_way(strangers("b", "b", "a", "a", "a"), group="b", now=3.0) is None
 
 
-def test_the_oldest_gives_way_after_its_grace():
-    assert giving_way(strangers("a", "a"), group="a", now=8.9, grace_s=9.0) is None
-    assert giving_way(strangers("a", "a"), group="a", now=9.0, grace_s=9.0) == "a0"
-    assert giving_way([], group="a", now=9.0, grace_s=9.0) is None
+def test_whoever_is_due_gives_way():
+    assert giving_way(strangers("a", "a"), group="a", now=8.9) is None
+    assert giving_way(strangers("a", "a"), group="a", now=9.0) == "a0"
+    assert giving_way([], group="a", now=9.0) is None
 
 
 @pytest.mark.virtual
