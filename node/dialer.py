@@ -84,7 +84,7 @@ class Dialer:
         who = "the peer" if peer is None else str(peer)
         try:
             async with asyncio.timeout(timeout_s):
-                return await self._dial(peer, addrs)
+                return (await self._dial(peer, addrs)).remote
         except TimeoutError:
             tried = ", ".join(map(str, addrs)) or "its known addresses"
             raise PeerUnreachable(
@@ -94,17 +94,24 @@ class Dialer:
         except DialFailed as exc:
             raise PeerUnreachable(f"cannot reach {who}: {exc}; check the address and that the node is running") from exc
 
-    async def _dial(self, peer: PeerId | None, addrs: Sequence[Multiaddr]) -> PeerId:
-        known = self._book.get(peer).addrs if peer is not None else ()
+    async def dial_bulk(self, peer: PeerId, addrs: Sequence[Multiaddr]) -> Wire:
+        """One more connection with a peer, for bulk; `addrs` empty: to those known. Raises PeerUnreachable."""
+        try:
+            return await self._dial(peer, addrs, bulk=True)
+        except DialFailed as exc:
+            raise PeerUnreachable(f"no bulk connection to {peer}: {exc}") from exc
+
+    async def _dial(self, peer: PeerId | None, addrs: Sequence[Multiaddr], *, bulk: bool = False) -> Wire:
+        known = self._book.get(peer).addrs if peer is not None and not (bulk and addrs) else ()
         usable, causes = await self._usable(peer, tuple(dict.fromkeys((*addrs, *known))))
         if not usable and not causes:
             raise PeerUnreachable(f"cannot reach {peer or 'a peer'}: no address is known for it; pass one with --peer")
         try:
-            wire = await Race(partial(self._attempt, peer, usable), _dispose).run(order(usable))
+            wire = await Race(partial(self._attempt, peer, usable, bulk), _dispose).run(order(usable))
         except DialFailed as exc:
             raise DialFailed([*exc.causes, *causes]) from exc
         self._book.proven(wire.remote, wire.address)
-        return wire.remote
+        return wire
 
     async def _usable(
         self, peer: PeerId | None, addrs: Sequence[Multiaddr]
@@ -129,18 +136,21 @@ class Dialer:
                 usable.update(dict.fromkeys(found, transport))
         return usable, causes
 
-    async def _attempt(self, peer: PeerId | None, transports: dict[Multiaddr, Transport], address: Multiaddr) -> Wire:
+    async def _attempt(
+        self, peer: PeerId | None, transports: dict[Multiaddr, Transport], bulk: bool, address: Multiaddr
+    ) -> Wire:
         """Dial one address and finish the handshake. Raises OSError or SwarmError."""
         made: list[Wire] = []
 
         def factory(where: Multiaddr) -> Wire:
             made.append(self._wires.dialing(where, peer))
+            made[-1].bulk = bulk
             return made[-1]
 
         self._journal.dialing()
         try:
             async with self._wires.dial_turns:
-                await transports[address].dial(address, factory)
+                await transports[address].dial(address, factory, bulk=bulk)
                 await self._wires.opened(made[0])
         except BaseException as exc:
             self._journal.dial_failed(address, exc)

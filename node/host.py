@@ -28,6 +28,7 @@ from ..protocol.multiaddr import Multiaddr
 from ..protocol.noise import StaticKey
 from ..protocol.trace import clean
 from .basics import Basics
+from .bulk import Bulk
 from .clock import Clock
 from .dialer import Dialer
 from .gate import Gate
@@ -61,6 +62,8 @@ class ConnectionInfo:
     """The remote's address."""
     outbound: bool
     """We dialed it."""
+    bulk: bool
+    """Made for throughput, beside another one for latency."""
     opened_at: float
     """On the host's monotonic clock."""
     rtt_s: float | None
@@ -149,6 +152,8 @@ class Host:
         self._wires.on_open.append(self._basics.connected)
         self._wires.on_close.append(self._basics.disconnected)
         self._basics.register()
+        self._bulk = Bulk(self, self._wires, self._dialer, self._tasks)
+        self._bulk.register()
 
     # -- life --
 
@@ -268,6 +273,7 @@ class Host:
             peer=wire.remote,
             address=wire.address,
             outbound=wire.outbound,
+            bulk=wire.bulk,
             opened_at=wire.opened_at,
             age_s=self.clock.now() - wire.opened_at,
             relayed=wire.address.is_relayed,
@@ -346,9 +352,14 @@ class Host:
             return await self._dialer.dial(None, addrs, timeout_s)
         if peer == self.peer_id:
             raise PeerUnreachable(f"{peer} is this node itself; give the address of another one")
-        if self.is_connected(peer):
+        if self._wires.has_latency(peer):
             return peer
-        return await self._dialer.connect(peer, addrs, timeout_s)
+        try:
+            return await self._dialer.connect(peer, addrs, timeout_s)
+        except PeerUnreachable:
+            if self.is_connected(peer):  # by connections for bulk only, and those must do
+                return peer
+            raise
 
     async def open_stream(
         self,
@@ -357,9 +368,12 @@ class Host:
         *,
         addrs: Sequence[Multiaddr] = (),
         timeout_s: float = DIAL_TIMEOUT_S,
+        bulk: bool = False,
     ) -> Stream:
         """A stream to the peer's handler of `protocol`, connecting first if need be.
 
+        `bulk`: much will flow, and nobody waits for single bytes. On a long path such streams get connections of
+        their own; open bulk_lanes() of them at once to fill the line.
         A peer known to speak the protocol costs no round trip: the proposal travels with the first bytes
         written. To our own peer id the stream stays inside the process. Raises PeerUnreachable,
         ProtocolUnsupported, DeadlineExceeded, or ConnectionClosed when the connection breaks meanwhile.
@@ -369,9 +383,17 @@ class Host:
         try:
             async with asyncio.timeout(timeout_s):
                 await self.connect(peer, addrs, timeout_s=timeout_s)
+                if bulk:
+                    if (lane := await self._bulk.wire(peer)) is not None:
+                        return await self.open_on(lane, protocol)
+                    await self.connect(peer, addrs, timeout_s=timeout_s)  # a full peer may have dropped that one
                 return await self.open_on(self._wires.best(peer), protocol)
         except TimeoutError:
             raise DeadlineExceeded(f"{peer} did not answer for {protocol} within {timeout_s:g} s") from None
+
+    def bulk_lanes(self, peer: PeerId) -> int:
+        """How many bulk streams at once fill the line to a connected peer; 1 when more would not help."""
+        return max(1, self._bulk.lanes(peer))
 
     async def open_on(self, wire: Wire, protocol: str) -> MuxedStream:
         """open_stream() on one particular connection (identify belongs to a connection, not to a peer)."""

@@ -148,7 +148,9 @@ class Models:
         )
 
     async def _request(self, peer: PeerId, digest: bytes) -> bytes:
-        frames = FrameStream(await self._host.open_stream(peer, MODEL_PROTOCOL), MODEL_MESSAGES, MAX_MANIFEST_BYTES)
+        frames = FrameStream(
+            await self._host.open_stream(peer, MODEL_PROTOCOL, bulk=True), MODEL_MESSAGES, MAX_MANIFEST_BYTES
+        )
         try:
             await frames.send(GetManifest(digest=digest))
             match await frames.receive():

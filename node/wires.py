@@ -31,6 +31,9 @@ SILENT_GRACE_S: Final = 0.1
 FIRST_FLIGHT: Final = 64
 """Bytes in every dialer's first flight: two multistream messages and Noise's first, or at least the former."""
 
+BLAMED: Final = frozenset(("chores", "protocol-error", "stalled"))
+"""Whoever is cut for one of these waits before it may come again."""
+
 PeerCallback = Callable[[PeerId], None]
 T = TypeVar("T")
 
@@ -95,15 +98,19 @@ class Wires:
         """The wires to a peer, oldest first."""
         return tuple(self._open.get(peer, ()))
 
+    def has_latency(self, peer: PeerId) -> bool:
+        """Whether a wire is open that is not for bulk."""
+        return any(wire.is_open and not wire.bulk for wire in self.to(peer))
+
     def best(self, peer: PeerId) -> Wire:
-        """The wire for a new stream: the oldest that is good, the same one every time.
+        """The wire for a new stream: the oldest that is good, the same one every time; for bulk only if there is none.
 
         Raises ConnectionClosed, or OverLimit when we have too many streams with the peer.
         """
         limit = self.limits.streams_out_per_peer
         if sum(wire.streams_out for wire in self.to(peer)) >= limit:
             raise OverLimit(Scope(Kind.PEER, peer), Resource.STREAMS_OUT, limit)
-        wire = next((wire for wire in self.to(peer) if wire.is_open), None)
+        wire = min((wire for wire in self.to(peer) if wire.is_open), key=lambda wire: wire.bulk, default=None)
         if wire is None:
             raise ConnectionClosed(f"the connection to {peer.short} was lost right after it opened")
         return wire
@@ -238,6 +245,8 @@ class Wires:
             ticket.reservation.release()
         if wire.cut_for:
             self._refused[wire.cut_for] += 1
+            if wire.cut_for in BLAMED and not wire.outbound:
+                self._gate.blame(wire.address)
         _tell(self.on_close, wire)
         peer = self._peer_of.pop(wire, None)
         if peer is None:

@@ -55,6 +55,11 @@ class MuxedStream:
         self._mux.protocol = name
 
     @property
+    def wire(self) -> Wire:
+        """The connection below."""
+        return self._wire
+
+    @property
     def connection_address(self) -> Multiaddr:
         """The remote's address on the connection below."""
         return self._wire.address

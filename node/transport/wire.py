@@ -27,6 +27,7 @@ from ..clock import Clock
 from .base import ConnectionClosed
 from .life import Life
 from .stream import MuxedStream
+from .tcp import Tunable
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +81,8 @@ class Wire(asyncio.BufferedProtocol):
         """The remote's address, without peer id."""
         self.outbound = outbound
         """We dialed it."""
+        self.bulk = False
+        """Made for throughput: no stream that is in a hurry goes here while there is another."""
         self.opened_at = clock.now()
         self.life = life or Life(clock)
         """Numbers and events that tell how it went."""
@@ -151,6 +154,11 @@ class Wire(asyncio.BufferedProtocol):
     def streams_out(self) -> int:
         """Open streams that we opened."""
         return len(self._session) - self._session.inbound
+
+    @property
+    def socket(self) -> Tunable | None:
+        """The socket below, when there is one."""
+        return self._transport.get_extra_info("socket") if self._transport else None
 
     @property
     def local_ip(self) -> str | None:

@@ -218,6 +218,19 @@ async def test_connections_per_ip_do_not_count_loopback():
         assert len(one.connections()) == 3
 
 
+async def test_loopback_needs_no_bulk_connections_however_slow():
+    async with hosts("tcp", 2) as (one, two):
+        identified = asyncio.Event()
+        one.on_identify(lambda _: identified.set())
+        await one.connect(two.peer_id)
+        await identified.wait()
+        for wire in one._wires:
+            wire.life.rtt_min_s = 1.0
+        assert one.bulk_lanes(two.peer_id) == 1
+        two.handle("/echo", echo)
+        assert not (await one.open_stream(two.peer_id, "/echo", bulk=True)).wire.bulk
+
+
 async def test_listening_stops_with_the_host():
     async with tcp_host(1, listen=[LOOPBACK]) as one:
         address = one.listen_addrs[0]
