@@ -22,7 +22,8 @@ from ..protocol.ids import PeerId
 from ..protocol.kad import MAIN_SWARM, MAX_MESSAGE_BYTES, Message, protocol_of
 from ..protocol.multiaddr import Multiaddr
 from ..protocol.records import SignedEntry
-from ..routing.dht import Ask, Dht, DhtConfig, Finished
+from ..routing.actions import Ask, Finished
+from ..routing.dht import Dht, DhtConfig
 from ..routing.keys import blocks_key, models_key
 from ..routing.table import Contact
 from .clock import Clock

@@ -7,16 +7,21 @@ hand-overs overlap. Cheap checks come before signatures; one forged entry condem
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from functools import lru_cache
+from itertools import islice
+from typing import Final
 
 from ..protocol.errors import RemoteProtocolError
 from ..protocol.ids import PeerId
 from ..protocol.kad import MAX_ADDR_BYTES, MAX_ADDRS, KadPeer, Message, MessageType, Stale
 from ..protocol.multiaddr import Multiaddr
-from ..protocol.records import KEY_BYTES
+from ..protocol.records import KEY_BYTES, TAG_BYTES
 from .keys import position
 from .store import MIN_LEASE_S, Put, Source, Store, Verifier
 from .table import Contact, Table, subnet_of
+
+ADDRESSES_CACHED: Final = 2048
+"""The same peers come up in answer after answer; converting their addresses was half the work of a lookup."""
 
 
 class Answers:
@@ -40,7 +45,7 @@ class Answers:
             case MessageType.PUT_VALUE | MessageType.ADD_PROVIDER:
                 return Message(type=request.type, key=request.key)  # understood, not kept: nothing signs them
             case _:
-                return Message(type=request.type, key=request.key, closer_peers=self._closer(remote, seen, request.key))
+                return Message(type=request.type, key=request.key, closer_peers=self._closer(remote, seen, request))
 
     def _put(self, request: Message, source: Source, now: float, wall: float) -> Message:
         stale: list[Stale] = []
@@ -70,12 +75,21 @@ class Answers:
             key=request.key,
             entries=tuple(entries),
             cursor=cursor,
-            closer_peers=() if request.cursor else self._closer(remote, seen, request.key),
+            closer_peers=() if request.cursor else self._closer(remote, seen, request),
         )
 
-    def _closer(self, remote: PeerId, seen: Multiaddr | None, key: bytes) -> tuple[KadPeer, ...]:
-        found = self._table.closest(position(key), self._k + 1)
-        return tuple(told(contact, is_local(seen)) for contact in found if contact.peer != remote)[: self._k]
+    def _closer(self, remote: PeerId, seen: Multiaddr | None, request: Message) -> tuple[KadPeer, ...]:
+        """The nearest k but those the asker has, out of the nearest 3 k / 2: further ones are others' business."""
+        have, local = request.have, is_local(seen)
+        unwanted = {have[at : at + TAG_BYTES] for at in range(0, len(have), TAG_BYTES)}
+        found = self._table.closest(position(request.key), self._k + 1 + (self._k // 2 if unwanted else 0))
+        named = (c for c in found if c.peer != remote and peer_tag(c.key) not in unwanted)
+        return tuple(told(contact, local) for contact in islice(named, self._k))
+
+
+def peer_tag(key: bytes) -> bytes:
+    """Short name of a peer, by its position, for telling another which peers one already knows."""
+    return key[:TAG_BYTES]
 
 
 def is_local(seen: Multiaddr | None) -> bool:
@@ -88,23 +102,30 @@ def told(contact: Contact, local: bool) -> KadPeer:
     return KadPeer(contact.peer, wire_addrs(contact.addrs, local))
 
 
-def wire_addrs(addrs: Iterable[Multiaddr], local: bool) -> tuple[bytes, ...]:
+@lru_cache(ADDRESSES_CACHED)
+def wire_addrs(addrs: tuple[Multiaddr, ...], local: bool) -> tuple[bytes, ...]:
     """Binary addresses for a message, capped, without loopback ones unless both ends are on one machine."""
     chosen = (addr.without_peer().to_bytes() for addr in addrs if local or not addr.is_loopback)
     return tuple([raw for raw in chosen if len(raw) <= MAX_ADDR_BYTES][:MAX_ADDRS])
 
 
-def heard_of(peer: KadPeer, local: bool) -> Contact:
-    """A contact as others told us, without addresses we cannot parse or that would mean our own machine."""
+@lru_cache(ADDRESSES_CACHED)
+def usable_addrs(raws: tuple[bytes, ...], local: bool) -> tuple[Multiaddr, ...]:
+    """The addresses of a message we can parse, without those that would mean our own machine."""
     addrs = []
-    for raw in peer.addrs:
+    for raw in raws:
         try:
             addr = Multiaddr.from_bytes(raw).without_peer()
         except RemoteProtocolError:
             continue  # a transport we do not know
         if local or not addr.is_loopback:
             addrs.append(addr)
-    return Contact(peer.peer, tuple(addrs))
+    return tuple(addrs)
+
+
+def heard_of(peer: KadPeer, local: bool) -> Contact:
+    """A contact as others told us."""
+    return Contact(peer.peer, usable_addrs(peer.addrs, local))
 
 
 def self_told(contact: Contact, seen: Multiaddr | None, reply: Message) -> Contact:

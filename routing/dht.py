@@ -6,9 +6,9 @@
            tick                                call it when next_timer() has come
     out    actions()                           Ask: put this to that peer; Finished: a query's result
 
-node/discovery.py executes this over streams; tests run hundreds of them on a simulated clock. Queries are in
-queries.py, the answering half in answers.py; this file keeps the books: numbering, time limits, whom to trust,
-republishing, hand-over to newcomers, and the cache of keys that are asked for often.
+node/discovery.py executes this over streams; tests/sim runs thousands of them on a simulated clock. Queries are in
+queries.py, the answering half in answers.py, our announcements in publications.py; this file keeps the books:
+numbering, time limits, whom to trust, and the rounds of maintenance.
 
 Nobody can be declared dead by others: only our own failure to reach a peer at addresses it told us itself counts
 against the peer. What third parties say about its addresses is tried, and on failure only the words are avoided.
@@ -26,12 +26,16 @@ from ..protocol.errors import RemoteProtocolError
 from ..protocol.ids import PeerId, PrivateKey
 from ..protocol.kad import KadPeer, LeasedEntry, Message, MessageType
 from ..protocol.multiaddr import Multiaddr
-from ..protocol.records import CLOCK_SKEW_S, MAX_TTL_S, SignedEntry, next_seq, sign_entry
+from ..protocol.records import SignedEntry
+from .actions import Ask, Finished
 from .answers import Answers, heard_of, is_local, self_told, wire_addrs
 from .bans import BackOff
 from .cache import FRESH_S, ReadCache
-from .keys import distance, position
+from .handover import Handover
+from .keys import position
 from .lookup import ALPHA, Lookup, Wait
+from .lost import Lost
+from .publications import Publications
 from .queries import Held, Locate, Publish, Read, Send, merge
 from .store import MIN_LEASE_S, Source, Store, StoreLimits, Verifier, iter_batches
 from .table import Contact, K, Table
@@ -39,12 +43,13 @@ from .timeouts import Timeouts
 
 MAX_ACTIVE_QUERIES: Final = 32
 """Queries stepping at once; more wait their turn."""
-MAX_NEWCOMERS: Final = 16
-"""Newcomers considered for hand-over per maintenance round."""
-MAX_HANDOVER_KEYS: Final = 512
-"""Keys considered for hand-over per maintenance round."""
 LIAR_BASE_S: Final = 60.0
 """First back-off for peers that sent forgeries or broke the protocol."""
+REACH: Final = 1.3
+"""Candidates within the distance of so many times the wanted peers are asked without restraint."""
+CALM_CHANGES: Final = 2
+"""So few newcomers and losses since the last refresh: the next one may wait longer."""
+CALM_FACTOR: Final = 1.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +59,11 @@ class DhtConfig:
     k: int = K
     """Bucket size, and peers named in an answer."""
     alpha: int = ALPHA
-    """Questions of one lookup in flight."""
+    """Questions of one lookup in flight on the way."""
+    paths: int = 1
+    """Disjoint paths of a read or publication that does not say how many."""
+    per_subnet: int = 1
+    """Peers of one /24 that count towards `width` and `replicas` while there are others."""
     replicas: int = 8
     """Peers an entry is put to."""
     width: int = 10
@@ -62,41 +71,15 @@ class DhtConfig:
     republish_s: float = 40.0
     """How often our own entries are signed and put anew."""
     refresh_s: float = 60.0
-    """How often the table looks for new peers."""
+    """How often the table looks for new peers while it changes."""
+    calm_refresh_s: float = 480.0
+    """And how seldom when nobody comes or goes."""
     maintenance_s: float = 2.0
     """How often hand-over, liveness and the cache are looked at."""
     silence_s: float = 90.0
-    """A contact silent for this long is asked whether it still lives."""
+    """A contact silent for this long is asked whether it still lives; one known for longer than twice that, later."""
     pings: int = 4
     """Contacts asked per maintenance round."""
-
-
-@dataclass(frozen=True, slots=True)
-class Ask:
-    """Put a question to a peer; tell on_reply() or on_failure() with the id."""
-
-    id: int
-    """Number of the question."""
-    contact: Contact
-    """Whom."""
-    request: Message
-    """What."""
-    limit_s: float
-    """Give up after this."""
-
-
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """A query is over."""
-
-    query: int
-    """Its id."""
-    contacts: tuple[Contact, ...]
-    """Nearest peers that answered."""
-    entries: tuple[SignedEntry, ...]
-    """Of a read: the live entries, newest per signer, without withdrawn ones, in order of signer."""
-    holders: int
-    """Of a publication: peers that hold the entry, ourselves not counted."""
 
 
 @dataclass(slots=True)
@@ -106,13 +89,6 @@ class _Question:
     verified: bool
     asked_at: float
     overdue_at: float
-
-
-@dataclass(slots=True)
-class _Publication:
-    payload: bytes
-    ttl_s: int
-    due: float
 
 
 class Dht:
@@ -142,30 +118,36 @@ class Dht:
         self._answers = Answers(self.table, self.store, self.verifier, k=self._config.k)
         self._avoided = BackOff(rng)
         self._liars = BackOff(rng, base_s=LIAR_BASE_S)
-        self._seq = last_seq
         self._ids = 0
         self._actions: deque[Ask | Finished] = deque()
         self._questions: dict[int, _Question] = {}
         self._active: dict[int, Locate] = {}
         self._backlog: deque[Locate] = deque()
-        self._publications: dict[bytes, _Publication] = {}
+        self._publications = Publications(key, rng=rng, republish_s=self._config.republish_s, last_seq=last_seq)
+        self._handover = Handover(self.own, self.table, self.store, self._config.replicas)
+        self._lost = Lost(rng, now)
         self._cache = ReadCache()
-        self._newcomers: dict[PeerId, None] = {}
         self._maintenance_at = now
-        self._refresh_at = now + self._config.refresh_s * rng.random()
-        self._handover_from = 0
+        self._pace_s = self._config.refresh_s
+        self._refresh_at = now + self._pace_s * rng.random()
+        self._changes = 0
 
     # What our node wants
 
-    def locate(self, key: bytes, now: float, *, seeds: Sequence[Contact] = (), width: int | None = None) -> int:
+    def locate(
+        self, key: bytes, now: float, *, seeds: Sequence[Contact] = (), width: int | None = None, paths: int = 1
+    ) -> int:
         """Find the `width` (k) live peers nearest to a key. Returns the query's id."""
-        lookup = self._lookup(key, width or self._config.k, now, seeds)
+        lookup = self._lookup(key, now, width or self._config.k, paths, seeds)
         return self._start(Locate(self._number(), key, lookup), now)
 
-    def read(self, key: bytes, now: float) -> int:
-        """Read the entries under a key from its holders. Reads of one key share one query."""
+    def read(self, key: bytes, now: float, *, paths: int | None = None) -> int:
+        """Read the entries under a key from its holders. Reads of one key share one query.
+
+        `paths` > 1: over so many disjoint paths, for records that matter; dearer, and harder to hide.
+        """
         cached = self._cache.use(key, now)
-        return self._read(key, now) if cached.reading is None else cached.reading
+        return self._read(key, now, paths or self._config.paths) if cached.reading is None else cached.reading
 
     def recent(self, key: bytes, now: float) -> list[SignedEntry] | None:
         """The entries under a key as of the last seconds, without asking anybody; None: read() it."""
@@ -174,32 +156,36 @@ class Dht:
         cached = self._cache.use(key, now)
         return self._visible(key, cached.held.values(), now)
 
-    def publish(self, key: bytes, payload: bytes, ttl_s: int, now: float, wall: float) -> int:
+    def publish(
+        self, key: bytes, payload: bytes, ttl_s: int, now: float, wall: float, *, paths: int | None = None
+    ) -> int:
         """Announce a payload under a key until withdraw(); it is signed and put anew every 40 s, and held here too.
 
         Returns the id of the first round's query. Raises LocalProtocolError for a payload or ttl out of bounds.
         """
-        query = self._put_own(key, payload, ttl_s, now, wall)
-        self._publications[key] = _Publication(payload, ttl_s, now + self._pace())
-        return query
+        paths = paths or self._config.paths
+        entry = self._publications.sign(key, payload, ttl_s, self.store.known_seq(key, self.own), wall)
+        self._publications.add(key, payload, ttl_s, paths, now)
+        return self._put_own(entry, paths, now)
 
     def withdraw(self, key: bytes, now: float, wall: float) -> int | None:
         """Put a tombstone over our entry. Returns the query's id, None when nothing was published under the key."""
-        publication = self._publications.pop(key, None)
+        publication = self._publications.withdraw(key)
         if publication is None:
             return None
-        ttl_s = min(MAX_TTL_S, publication.ttl_s + 2 * int(CLOCK_SKEW_S))
-        return self._put_own(key, b"", ttl_s, now, wall)
+        known_seq = self.store.known_seq(key, self.own)
+        entry = self._publications.sign_tombstone(key, publication, known_seq, wall)
+        return self._put_own(entry, publication.paths, now)
 
     @property
     def published(self) -> list[bytes]:
         """Keys under which we announce something."""
-        return list(self._publications)
+        return self._publications.keys()
 
     @property
     def last_seq(self) -> int:
         """Highest sequence number we signed; give it to the next run if clocks may go backwards."""
-        return self._seq
+        return self._publications.last_seq
 
     # What the network says
 
@@ -233,14 +219,16 @@ class Dht:
             return
         self._avoided.succeeded(contact.peer)
         self._enter(contact, seen, now)
-        self._learn_seq(reply, now, wall)
+        for stale in reply.stale:
+            if stale.subkey == self.own:
+                self._publications.learn(reply.key, stale, now, wall)
         if query is None:
             return
         if isinstance(query, Read):
             merge(query.found, held)
-        follow_up = query.on_reply(contact.peer, self._candidates(reply.closer_peers, seen, now), reply)
+        follow_up = query.on_reply(contact, self._candidates(reply.closer_peers, seen, now), reply, seen)
         if follow_up is not None:
-            query.asked(contact.peer, now + self._ask(query, contact, follow_up, now))
+            self._ask(query, contact, follow_up, now)
         self._advance(query, now)
 
     def on_failure(self, ask: int, now: float) -> None:
@@ -250,7 +238,9 @@ class Dht:
             return
         contact = question.contact
         if question.verified:
-            self.table.failed(contact.peer)
+            if self.table.failed(contact.peer):
+                self._lost.note(contact, now)
+                self._changes += 1
             self._avoided.failed(contact.peer, now)
         elif contact.peer not in self.table:
             self._avoided.failed((contact.peer, contact.addrs), now)
@@ -281,17 +271,24 @@ class Dht:
             return
         self._maintenance_at = now + self._config.maintenance_s
         self.store.expire(now)
-        self._republish(now, wall)
-        self._hand_over(now)
-        self._ping_silent(now)
+        for key, publication in self._publications.due(now):
+            known_seq = self.store.known_seq(key, self.own)
+            entry = self._publications.sign(key, publication.payload, publication.ttl_s, known_seq, wall)
+            self._put_own(entry, publication.paths, now)
+        for key, contact in self._handover.due():
+            self._give(key, contact, now)
+        self._ping(now)
         for key in self._cache.due(now):
-            self._read(key, now)
+            self._read(key, now, self._config.paths)
         if now >= self._refresh_at:
             self.refresh(now)
 
     def refresh(self, now: float) -> list[int]:
         """Look for peers near ourselves and in a random direction. Returns the queries' ids."""
-        self._refresh_at = now + self._config.refresh_s * (0.75 + 0.5 * self._rng.random())
+        calm = self._changes <= CALM_CHANGES
+        self._pace_s = min(self._config.calm_refresh_s, CALM_FACTOR * self._pace_s) if calm else self._config.refresh_s
+        self._changes = 0
+        self._refresh_at = now + self._pace_s * (0.75 + 0.5 * self._rng.random())
         return [self.locate(self.own.raw, now), self.locate(self._rng.randbytes(32), now, width=self._config.width)]
 
     def actions(self) -> list[Ask | Finished]:
@@ -306,20 +303,39 @@ class Dht:
         self._ids += 1
         return self._ids
 
-    def _lookup(self, key: bytes, width: int, now: float, seeds: Sequence[Contact] = ()) -> Lookup:
+    def _lookup(
+        self,
+        key: bytes,
+        now: float,
+        width: int,
+        paths: int,
+        seeds: Sequence[Contact] = (),
+        per_subnet: int | None = None,
+    ) -> Lookup:
         target = position(key)
-        near = self._usable(self.table.closest(target, self._config.k), now)
-        return Lookup(target, [*seeds, *near], width=width, alpha=self._config.alpha, exclude=frozenset((self.own,)))
+        near = self.table.closest(target, self._config.k)
+        near = self._usable(near, now) or near  # all silent: perhaps it was us who could not hear
+        return Lookup(
+            target,
+            [*seeds, *near],
+            width=width,
+            alpha=self._config.alpha,
+            near=self.table.reach(int(REACH * width)),
+            paths=paths,
+            per_subnet=per_subnet,
+            exclude=frozenset((self.own,)),
+        )
 
-    def _usable(self, contacts: Sequence[Contact], now: float) -> list[Contact]:
-        """Those worth asking: not avoided, and not silent on a question right now unless they all are."""
+    def _usable(self, contacts: Iterable[Contact], now: float) -> list[Contact]:
+        """Those worth asking: neither avoided nor silent on a question right now."""
         overdue = {item.contact.peer for item in self._questions.values() if item.overdue_at <= now}
-        good = [
+        return [
             contact
             for contact in contacts
-            if not self._avoided.avoided(contact.peer, now) and not self._liars.avoided(contact.peer, now)
+            if contact.peer not in overdue
+            and not self._avoided.avoided(contact.peer, now)
+            and not self._liars.avoided(contact.peer, now)
         ]
-        return [contact for contact in good if contact.peer not in overdue] or good
 
     def _start(self, query: Locate, now: float) -> int:
         if len(self._active) >= MAX_ACTIVE_QUERIES:
@@ -331,8 +347,7 @@ class Dht:
 
     def _advance(self, query: Locate, now: float) -> None:
         while isinstance(step := query.step(now), Send):
-            limit_s = self._ask(query, step.contact, step.request, now)
-            query.asked(step.contact.peer, now + limit_s)
+            self._ask(query, step.contact, step.request, now)
         if isinstance(step, Wait):
             query.wake = step.until
         elif self._active.pop(query.id, None) is not None:
@@ -344,21 +359,24 @@ class Dht:
             cached = self._cache.entry(query.key, now)
             cached.held, cached.read_at, cached.reading = query.found, now, None
             entries = self._visible(query.key, query.found.values(), now)
-        holders = query.acks if isinstance(query, Publish) else 0
-        contacts = query.lookup.closest(self._config.k)
-        self._actions.append(Finished(query.id, tuple(contacts), tuple(entries), holders))
+        contacts = tuple(query.lookup.closest(self._config.k))
+        finished = Finished(query.id, contacts, query.asked, tuple(entries))
+        if isinstance(query, Publish):
+            finished = replace(finished, holding=tuple(query.holding), subnets=len(query.subnets))
+        self._actions.append(finished)
         while self._backlog and len(self._active) < MAX_ACTIVE_QUERIES:
             self._start(self._backlog.popleft(), now)
 
-    def _ask(self, query: Locate | None, contact: Contact, request: Message, now: float) -> float:
-        """Queue a question; returns its soft limit."""
+    def _ask(self, query: Locate | None, contact: Contact, request: Message, now: float) -> None:
+        """Queue a question."""
         known = self.table.get(contact.peer)
         number = self._number()
-        soft_s = self.timeouts.soft_s(contact.peer)
-        self._questions[number] = _Question(query, contact, known == contact, now, now + soft_s)
+        limits = self.timeouts.limits(contact.peer)
+        self._questions[number] = _Question(query, contact, known == contact, now, now + limits.soft_s)
         request = self._signed_off(request, any(addr.is_loopback for addr in contact.addrs))
-        self._actions.append(Ask(number, contact, request, self.timeouts.hard_s(contact.peer)))
-        return soft_s
+        self._actions.append(Ask(number, contact, request, limits.hard_s))
+        if query is not None:
+            query.went_out(contact, limits, now)
 
     def _signed_off(self, message: Message, local: bool) -> Message:
         """The message with our name and addresses, if we are a server that others may dial."""
@@ -412,63 +430,28 @@ class Dht:
             self._enter(contact, seen, now)
 
     def _enter(self, contact: Contact, seen: Multiaddr | None, now: float) -> None:
-        if self.table.heard(contact, now, seen) and len(self._newcomers) < MAX_NEWCOMERS:
-            self._newcomers[contact.peer] = None
+        if self.table.heard(contact, now, seen):
+            self._changes += 1
+            self._handover.note(contact.peer)
+        if self._lost.found(contact.peer):
+            self._refresh_at = min(self._refresh_at, now + self._config.maintenance_s)
 
-    def _ping_silent(self, now: float) -> None:
+    def _ping(self, now: float) -> None:
+        """Ask some silent contacts whether they still live, and now and then a lost one."""
         busy = {question.contact.peer for question in self._questions.values()}
-        for contact in self.table.silent(now - self._config.silence_s, self._config.pings):
+        asked = self.table.silent(now, self._config.silence_s, self._config.pings)
+        lost = self._lost.due(now)
+        for contact in asked if lost is None else [*asked, lost]:
             if contact.peer not in busy:
                 self._ask(None, contact, Message(type=MessageType.PING), now)
 
     # Our own entries
 
-    def _pace(self) -> float:
-        return self._config.republish_s * (0.9 + 0.1 * self._rng.random())
-
-    def _put_own(self, key: bytes, payload: bytes, ttl_s: int, now: float, wall: float) -> int:
-        self._seq = next_seq(max(self._seq, self.store.known_seq(key, self.own)), wall)
-        entry = sign_entry(self._key, key, payload, seq=self._seq, issued_ms=int(wall * 1000), ttl_s=ttl_s)
-        self.store.put(entry, ttl_s, Source(self.own), now)
-        lookup = self._lookup(key, self._config.width, now)
-        return self._start(Publish(self._number(), lookup, LeasedEntry(entry, ttl_s), self._config.replicas), now)
-
-    def _republish(self, now: float, wall: float) -> None:
-        for key, publication in list(self._publications.items()):
-            if publication.due <= now:
-                publication.due = now + self._pace()
-                self._put_own(key, publication.payload, publication.ttl_s, now, wall)
-
-    def _learn_seq(self, reply: Message, now: float, wall: float) -> None:
-        """Our clock went backwards: holders know a higher number of ours. Go on from there, at once."""
-        for stale in reply.stale:
-            plausible = stale.seq <= (wall + 2 * CLOCK_SKEW_S) * 1000
-            if stale.subkey == self.own and self._seq < stale.seq and plausible:
-                self._seq = stale.seq
-                if (publication := self._publications.get(reply.key)) is not None:
-                    publication.due = now
-
-    def _hand_over(self, now: float) -> None:
-        """Give newcomers the entries they are now among the nearest for, if we are the nearest who has them.
-
-        Two holders do it, for one may be dying; they pass on what is left of each lease.
-        """
-        newcomers = [contact for peer in self._newcomers if (contact := self.table.get(peer)) is not None]
-        self._newcomers.clear()
-        keys = self.store.keys() if newcomers else []
-        if len(keys) > MAX_HANDOVER_KEYS:
-            start = self._handover_from % len(keys)
-            self._handover_from = start + MAX_HANDOVER_KEYS
-            keys = (keys[start:] + keys[:start])[:MAX_HANDOVER_KEYS]
-        for key in keys:
-            target = position(key)
-            nearest = self.table.closest(target, self._config.replicas)
-            ours = distance(self.own.kad_key, target)
-            before_us = [c for c in nearest if c not in newcomers and distance(c.key, target) < ours]
-            if len(before_us) >= 2:
-                continue
-            for contact in (contact for contact in nearest if contact in newcomers):
-                self._give(key, contact, now)
+    def _put_own(self, entry: SignedEntry, paths: int, now: float) -> int:
+        self.store.put(entry, entry.ttl_s, Source(self.own), now)
+        lookup = self._lookup(entry.key, now, self._config.width, paths, per_subnet=self._config.per_subnet)
+        leased = LeasedEntry(entry, entry.ttl_s)
+        return self._start(Publish(self._number(), lookup, leased, self._config.replicas), now)
 
     def _give(self, key: bytes, contact: Contact, now: float) -> None:
         for batch in iter_batches(self.store.live(key, now)):
@@ -476,12 +459,13 @@ class Dht:
 
     # Reading
 
-    def _read(self, key: bytes, now: float) -> int:
+    def _read(self, key: bytes, now: float, paths: int) -> int:
         cached = self._cache.entry(key, now)
         known: dict[PeerId, Held] = {}
         merge(known, self._local(key, now))
         merge(known, (held for held in cached.held.values() if held.expires_at > now))
-        query = Read(self._number(), key, self._lookup(key, self._config.width, now), known)
+        lookup = self._lookup(key, now, self._config.width, paths, per_subnet=self._config.per_subnet)
+        query = Read(self._number(), key, lookup, known)
         cached.reading = query.id
         return self._start(query, now)
 

@@ -1,10 +1,14 @@
 """Iterative lookup as a pure iterator: whom to ask next on the way to the peers nearest a target.
 
-Modelled on rust-libp2p's closest-peers iterator. Up to alpha questions are truly in flight at once (no rounds: the
-`kademlia` package waits for the slowest of each round, 22 round trips with 20 % dead peers). Each question has a soft
-deadline; past it the peer is SLOW: it no longer holds a slot nor the end of the lookup, but its answer still counts.
+Modelled on rust-libp2p's closest-peers iterator. Questions are truly in flight at once (no rounds: the `kademlia`
+package waits for the slowest of each round). On the way, `alpha` at a time are enough, more would only ask peers that
+the next answer makes pointless; a candidate inside `near`, the distance within which the result is expected to lie,
+has to be asked anyway and may be one of FINAL_ALPHA. Three times per question: from the first on (a hedge) the peer
+holds no slot and the next nearest is asked in its stead; the second ends the wait if several peers are silent past
+theirs, for then they are dead; otherwise the third does, for then it is probably just late. Whoever is not waited for
+is SLOW; its answer still counts.
 
-    state     on next()            on reply    on failure   deadline passes
+    state     on next()            on reply    on failure   not waited for any longer
     NEW       -> WAITING (asked)   DONE        FAILED
     WAITING                        DONE        FAILED       -> SLOW
     SLOW                           DONE        FAILED
@@ -12,28 +16,45 @@ deadline; past it the peer is SLOW: it no longer holds a slot nor the end of the
 
 The lookup is finished when the `width` nearest candidates that are not FAILED or SLOW are all DONE. If nobody at all
 has answered, it waits for the SLOW ones instead.
+
+Three defences against liars. A teller whose named peers do not answer (invented ids near the target) loses credit,
+and what only it named is left aside. With `per_subnet`, only so many candidates of one /24 (/48) count towards `width`
+while there are others. And with `paths` > 1 the lookup is so many lookups that start from different peers and never
+ask the same one (S/Kademlia, Baumgart and Mies 2007): liars who name only accomplices capture the paths they stand on,
+no more.
 """
 
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Final
 
 from ..protocol.ids import PeerId
 from ..protocol.multiaddr import Multiaddr
-from .keys import distance
-from .table import Contact
+from .table import Contact, subnet_of
 
-ALPHA: Final = 10
+ALPHA: Final = 4
+"""Questions in flight on the way. Measured: 3 is slower with dead peers, 6 asks more and gains nothing."""
+FINAL_ALPHA: Final = 24
+"""Questions in flight to candidates that the result must contain anyway."""
+MAX_PATHS: Final = 8
 MAX_CANDIDATES: Final = 256
-"""Nearest candidates kept; a liar can name 20 a reply."""
+"""Nearest candidates kept by a path; a liar can name 20 a reply."""
 MAX_ATTEMPTS: Final = 3
 """Address sets tried for one peer: the first words about a victim's addresses may be lies."""
 MAX_ADDRS: Final = 16
 """Addresses collected for one candidate."""
+SILENT_SHARE: Final = 0.12
+"""More than this share of all questions silent past their second time, and two at least: no lateness explains that."""
+SPARES: Final = 2
+"""So many more are asked once so many are silent: the substitutes of the dead may be dead as well."""
+DOUBT_FAILURES: Final = 4
+"""This many dead among the peers somebody named, and three dead to a live one: the others it named can wait."""
+DOUBT_RATIO: Final = 3
 
 
 class State(Enum):
@@ -51,7 +72,7 @@ class Wait:
     """Nothing to ask now; call next() again after a reply or failure, or at this time."""
 
     until: float | None
-    """Earliest soft deadline; None: only an answer or failure can help."""
+    """Earliest deadline; None: only an answer or failure can help."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,14 +80,26 @@ class Done:
     """The lookup is over."""
 
 
-@dataclass(slots=True, order=True)
+@dataclass(slots=True, eq=False)
 class _Candidate:
     distance: int
-    contact: Contact = field(compare=False)
-    state: State = field(compare=False, default=State.NEW)
-    deadline: float = field(compare=False, default=0.0)
-    attempts: int = field(compare=False, default=0)
-    tried: set[Multiaddr] = field(compare=False, default_factory=set)
+    contact: Contact
+    path: int
+    """The path that names it first, then the one that asked it: its answer belongs there alone."""
+    teller: PeerId | None
+    """Who named it; None: our own table."""
+    state: State = State.NEW
+    hedge_at: float = 0.0
+    deadline: float = 0.0
+    late_at: float = 0.0
+    attempts: int = 0
+    tried: set[Multiaddr] = field(default_factory=set)
+    others: tuple[Multiaddr, ...] = ()
+    """Addresses named while the peer was being asked at different ones."""
+    subnet: str | None = None
+
+    def __lt__(self, other: _Candidate) -> bool:
+        return self.distance < other.distance
 
 
 class Lookup:
@@ -79,88 +112,218 @@ class Lookup:
         *,
         width: int,
         alpha: int = ALPHA,
+        near: int = 0,
+        paths: int = 1,
+        per_subnet: int | None = None,
         exclude: frozenset[PeerId] = frozenset(),
     ) -> None:
         self.target = target
+        self._place = int.from_bytes(target, "big")
         self._width = width
-        self._alpha = alpha
+        self._alpha = alpha if paths == 1 else max(2, alpha // paths)
+        self._near = near
+        self._per_subnet = per_subnet
         self._exclude = exclude
-        self._order: list[_Candidate] = []
+        self._paths: list[list[_Candidate]] = [[] for _ in range(min(max(paths, 1), MAX_PATHS))]
         self._by_peer: dict[PeerId, _Candidate] = {}
-        self.add(seeds)
+        self._waiting: list[_Candidate] = []
+        self._dead: Counter[PeerId] = Counter()
+        self._alive: Counter[PeerId] = Counter()
+        self._slow = 0
+        self._asked = 0
+        for number, contact in enumerate(seeds):
+            self._add(contact, number % len(self._paths), None)
 
     def next(self, now: float) -> Contact | Wait | Done:
         """A peer to ask (then call asked()), or how long to wait, or the end."""
-        waiting, head = self._survey(now)
-        if all(candidate.state is State.DONE for candidate in head):
-            slow = any(candidate.state is State.SLOW for candidate in self._order)
-            return Done() if head or not slow else Wait(None)
-        if waiting < self._alpha:
-            for candidate in head:
-                if candidate.state is State.NEW:
-                    return candidate.contact
-        deadlines = [candidate.deadline for candidate in self._order if candidate.state is State.WAITING]
-        return Wait(min(deadlines, default=None))
+        self._mark_slow(now)
+        busy, hedged = [0] * len(self._paths), [0] * len(self._paths)
+        for candidate in self._waiting:
+            (busy if candidate.hedge_at > now else hedged)[candidate.path] += 1
+        done, anybody = True, False
+        for path in range(len(self._paths)):
+            silent = hedged[path] + self._slow
+            head = self._head(path, self._width + hedged[path] + (SPARES if silent >= SPARES else 0))
+            anybody = anybody or bool(head)
+            done = done and all(candidate.state is State.DONE for candidate in head[: self._width])
+            fresh = next((candidate for candidate in head if candidate.state is State.NEW), None)
+            if done or fresh is None:
+                continue
+            if busy[path] < (FINAL_ALPHA if fresh.distance <= self._near else self._alpha):
+                fresh.path = path
+                return fresh.contact
+        if done:
+            return Done() if anybody or not self._slow else Wait(None)
+        times = (at for c in self._waiting for at in (c.hedge_at, c.deadline, c.late_at) if at > now)
+        return Wait(min(times, default=None))
 
-    def asked(self, peer: PeerId, deadline: float) -> None:
-        """A question went out; past `deadline` the peer counts as slow."""
+    def asked(
+        self, peer: PeerId, deadline: float, *, hedge_at: float | None = None, late_at: float | None = None
+    ) -> None:
+        """A question went out. From `hedge_at` (`deadline`) on it blocks nobody, past `late_at` (`deadline`) it is
+        not waited for, past `deadline` neither if others are silent, too.
+        """
         candidate = self._by_peer[peer]
+        if candidate.state is State.SLOW:
+            self._slow -= 1
+        if candidate.state is not State.WAITING:
+            self._waiting.append(candidate)
         candidate.state = State.WAITING
         candidate.deadline = deadline
+        candidate.hedge_at = deadline if hedge_at is None else min(hedge_at, deadline)
+        candidate.late_at = deadline if late_at is None else max(late_at, deadline)
         candidate.attempts += 1
         candidate.tried.update(candidate.contact.addrs)
+        self._asked += 1
 
-    def on_reply(self, peer: PeerId, closer: Iterable[Contact]) -> None:
-        """A peer answered and named others."""
+    def known(self, peer: PeerId, count: int) -> list[Contact]:
+        """Whom the peer, about to be asked, need not name: the nearest candidates of its path that look alive.
+
+        Without them its answer reaches further, past the dead that everybody names. Those who failed at addresses
+        that others told are not among them: the peer may know better ones.
+        """
+        found = []
+        for candidate in self._paths[self._by_peer[peer].path]:
+            silent = candidate.state in (State.FAILED, State.SLOW)
+            if candidate.teller is None or not (silent or self._is_doubtful(candidate)):
+                found.append(candidate.contact)
+                if len(found) == count:
+                    break
+        return found
+
+    def on_reply(self, peer: PeerId, closer: Iterable[Contact], seen: Multiaddr | None = None) -> None:
+        """A peer answered, from address `seen`, and named others."""
         candidate = self._by_peer.get(peer)
-        if candidate is not None:
-            candidate.state = State.DONE
-        self.add(closer)
+        if candidate is None:
+            return
+        if candidate.state is not State.DONE:
+            self._settle(candidate, State.DONE)
+            if seen is not None:
+                candidate.subnet = subnet_of(seen)
+        self.add(closer, peer)
 
     def on_failure(self, peer: PeerId) -> None:
         """A peer could not be reached, or answered nonsense."""
         candidate = self._by_peer.get(peer)
-        if candidate is not None and candidate.state is not State.DONE:
-            candidate.state = State.FAILED
+        if candidate is not None and candidate.state not in (State.DONE, State.FAILED):
+            self._settle(candidate, State.FAILED)
+
+    def add(self, contacts: Iterable[Contact], teller: PeerId | None = None) -> None:
+        """More candidates: peers that an answer named. They belong to the path that asked the teller."""
+        asked = None if teller is None else self._by_peer.get(teller)
+        path = 0 if asked is None else asked.path
+        for contact in contacts:
+            self._add(contact, path, teller)
 
     def closest(self, count: int) -> list[Contact]:
-        """The nearest peers that answered, nearest first."""
-        done = (candidate.contact for candidate in self._order if candidate.state is State.DONE)
-        return [contact for _, contact in zip(range(count), done, strict=False)]
+        """The nearest peers that answered, nearest first; those over the limit of their subnet only to fill up."""
+        done = sorted(c for c in self._by_peer.values() if c.state is State.DONE)
+        return [candidate.contact for candidate in self._spread(done, count)]
 
-    def _survey(self, now: float) -> tuple[int, list[_Candidate]]:
-        """Turn overdue candidates slow; return how many are waiting and the `width` nearest that are still good."""
-        waiting = 0
-        head: list[_Candidate] = []
-        for candidate in self._order:
-            if candidate.state is State.WAITING:
-                if candidate.deadline <= now:
-                    candidate.state = State.SLOW
-                else:
-                    waiting += 1
-            if len(head) < self._width and candidate.state not in (State.FAILED, State.SLOW):
-                head.append(candidate)
-        return waiting, head
+    def _settle(self, candidate: _Candidate, state: State) -> None:
+        """Note how a question ended, to the credit of whoever named the peer."""
+        before, teller = candidate.state, candidate.teller
+        candidate.state = state
+        if before is State.WAITING:
+            self._waiting.remove(candidate)
+        elif before is State.SLOW:
+            self._slow -= 1
+        if teller is not None:
+            if state is State.DONE:
+                self._alive[teller] += 1
+                self._dead[teller] -= before is State.SLOW
+            elif before is not State.SLOW:
+                self._dead[teller] += 1
+        if state is State.FAILED and candidate.others:
+            self._retry(candidate, Contact(candidate.contact.peer, candidate.others), teller)
 
-    def add(self, contacts: Iterable[Contact]) -> None:
-        """More candidates: peers that an answer named."""
-        for contact in contacts:
-            known = self._by_peer.get(contact.peer)
-            if known is not None:
-                _learn(known, contact)
-            elif contact.peer not in self._exclude:
-                candidate = _Candidate(distance(contact.key, self.target), contact)
-                self._by_peer[contact.peer] = candidate
-                insort(self._order, candidate)
-        while len(self._order) > MAX_CANDIDATES:
-            del self._by_peer[self._order.pop().contact.peer]
+    def _mark_slow(self, now: float) -> None:
+        overdue = [candidate for candidate in self._waiting if candidate.deadline <= now]
+        many = len(overdue) + self._slow >= max(2.0, SILENT_SHARE * self._asked)
+        for candidate in overdue:
+            if many or candidate.late_at <= now:
+                self._settle(candidate, State.SLOW)
+                self._slow += 1
 
+    def _head(self, path: int, count: int) -> list[_Candidate]:
+        """The `count` nearest of a path that are still good; what doubtful tellers named only to fill up."""
+        good: Iterator[_Candidate] = (
+            c for c in self._paths[path] if c.state is not State.FAILED and c.state is not State.SLOW
+        )
+        if self._dead:
+            trusted: list[_Candidate] = []
+            doubtful: list[_Candidate] = []
+            for candidate in good:
+                (doubtful if self._is_doubtful(candidate) else trusted).append(candidate)
+            good = iter(trusted + doubtful)
+        return self._spread(good, count)
 
-def _learn(known: _Candidate, contact: Contact) -> None:
-    """Others name addresses of a peer that is a candidate already: more ways to reach it."""
-    if known.state is State.NEW:
-        merged = tuple(dict.fromkeys((*known.contact.addrs, *contact.addrs)))[:MAX_ADDRS]
-        known.contact = Contact(contact.peer, merged)
-    elif known.state is State.FAILED and known.attempts < MAX_ATTEMPTS and not known.tried.issuperset(contact.addrs):
-        known.contact = contact
-        known.state = State.NEW
+    def _is_doubtful(self, candidate: _Candidate) -> bool:
+        teller = candidate.teller
+        if candidate.state is not State.NEW or teller is None:
+            return False
+        dead = self._dead[teller]
+        return dead >= DOUBT_FAILURES and dead > DOUBT_RATIO * self._alive[teller]
+
+    def _spread(self, candidates: Iterable[_Candidate], count: int) -> list[_Candidate]:
+        """The first `count`; with a subnet limit those over it only when the others do not suffice."""
+        if self._per_subnet is None:
+            return [candidate for candidate, _ in zip(candidates, range(count), strict=False)]
+        chosen: list[_Candidate] = []
+        spare: list[_Candidate] = []
+        places: Counter[str] = Counter()
+        for candidate in candidates:
+            subnet = candidate.subnet
+            if subnet is not None and places[subnet] >= self._per_subnet:
+                spare.append(candidate)
+                continue
+            if subnet is not None:
+                places[subnet] += 1
+            chosen.append(candidate)
+            if len(chosen) == count:
+                return chosen
+        return chosen + spare[: count - len(chosen)]
+
+    def _add(self, contact: Contact, path: int, teller: PeerId | None) -> None:
+        known = self._by_peer.get(contact.peer)
+        if known is None:
+            if contact.peer in self._exclude:
+                return
+            known = _Candidate(contact.place ^ self._place, contact, path, teller)
+            if self._per_subnet is not None:
+                known.subnet = subnet_of(contact.addrs[0]) if contact.addrs else None
+            self._by_peer[contact.peer] = known
+            self._insert(known, path)
+            return
+        self._learn(known, contact, teller)
+        if len(self._paths) > 1 and known not in self._paths[path]:
+            self._insert(known, path)
+
+    def _insert(self, candidate: _Candidate, path: int) -> None:
+        order = self._paths[path]
+        insort(order, candidate)
+        if len(order) > MAX_CANDIDATES:
+            dropped = order.pop()
+            if dropped.state is State.NEW and len(self._paths) == 1:
+                del self._by_peer[dropped.contact.peer]
+
+    def _learn(self, known: _Candidate, contact: Contact, teller: PeerId | None) -> None:
+        """Others name a peer that is a candidate already: perhaps more ways to reach it, perhaps a better word."""
+        if known.state is State.NEW:
+            if known.contact.addrs != contact.addrs:
+                merged = tuple(dict.fromkeys((*known.contact.addrs, *contact.addrs)))[:MAX_ADDRS]
+                known.contact = Contact(contact.peer, merged)
+            if self._dead and self._is_doubtful(known):
+                known.teller = teller
+        elif known.state is State.FAILED:
+            self._retry(known, contact, teller)
+        elif known.state is not State.DONE and not known.others and not known.tried.issuperset(contact.addrs):
+            known.others = contact.addrs
+
+    def _retry(self, failed: _Candidate, contact: Contact, teller: PeerId | None) -> None:
+        """Another chance at other addresses: the first words about a peer's addresses may be lies."""
+        failed.others = ()
+        if failed.attempts < MAX_ATTEMPTS and not failed.tried.issuperset(contact.addrs):
+            failed.contact = contact
+            failed.state = State.NEW
+            failed.teller = teller

@@ -11,18 +11,26 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Final
 
 from ..protocol.ids import PeerId
 from ..protocol.kad import MAX_HAVE_BYTES, LeasedEntry, Message, MessageType
+from ..protocol.multiaddr import Multiaddr
 from ..protocol.records import TAG_BYTES, SignedEntry
+from .answers import peer_tag
 from .lookup import Done, Lookup, Wait
-from .table import Contact
+from .table import Contact, subnet_of
+from .timeouts import Limits
 
 MAX_PAGES: Final = 80
 """Pages read from one holder: 4096 entries fill 64."""
 MAX_READ_ENTRIES: Final = 8192
 """Entries kept by one read, so that lying holders cannot fill our memory."""
+
+
+KNOWN_PEERS: Final = 24
+"""Candidates a question asks not to be told again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +71,8 @@ class Locate:
         self.key = key
         self.lookup = lookup
         self.wake: float | None = None
+        self.asked = 0
+        """Questions put so far."""
 
     def step(self, now: float) -> Send | Wait | Done:
         """The next question, a wait, or the end."""
@@ -71,15 +81,21 @@ class Locate:
 
     def request(self, peer: PeerId) -> Message:
         """What to ask a peer on the way."""
-        return Message(type=MessageType.FIND_NODE, key=self.key)
+        return Message(type=MessageType.FIND_NODE, key=self.key, have=self._known(peer))
 
-    def asked(self, peer: PeerId, deadline: float) -> None:
+    def _known(self, peer: PeerId) -> bytes:
+        return b"".join(peer_tag(contact.key) for contact in self.lookup.known(peer, KNOWN_PEERS))
+
+    def went_out(self, contact: Contact, limits: Limits, now: float) -> None:
         """The question went out."""
-        self.lookup.asked(peer, deadline)
+        self.asked += 1
+        self.lookup.asked(contact.peer, now + limits.soft_s, hedge_at=now + limits.hedge_s, late_at=now + limits.late_s)
 
-    def on_reply(self, peer: PeerId, closer: list[Contact], message: Message) -> Message | None:
-        """An answer came; returns what to ask the same peer next, if anything."""
-        self.lookup.on_reply(peer, closer)
+    def on_reply(
+        self, contact: Contact, closer: list[Contact], message: Message, seen: Multiaddr | None
+    ) -> Message | None:
+        """An answer came from address `seen`; returns what to ask the same peer next, if anything."""
+        self.lookup.on_reply(contact.peer, closer, seen)
         return None
 
     def on_failure(self, peer: PeerId) -> None:
@@ -97,16 +113,21 @@ class Read(Locate):
 
     def request(self, peer: PeerId, cursor: bytes = b"") -> Message:
         """Ask for entries, but not for those we have."""
-        tags = [held.entry.tag for held in self.found.values()][: MAX_HAVE_BYTES // TAG_BYTES]
-        return Message(type=MessageType.GET_ENTRIES, key=self.key, cursor=cursor, have=b"".join(tags))
+        peers = b"" if cursor else self._known(peer)
+        room = (MAX_HAVE_BYTES - len(peers)) // TAG_BYTES
+        tags = [held.entry.tag for held in islice(self.found.values(), room)]
+        return Message(type=MessageType.GET_ENTRIES, key=self.key, cursor=cursor, have=peers + b"".join(tags))
 
-    def on_reply(self, peer: PeerId, closer: list[Contact], message: Message) -> Message | None:
+    def on_reply(
+        self, contact: Contact, closer: list[Contact], message: Message, seen: Multiaddr | None
+    ) -> Message | None:
         """Go on with the peer's next page, or with the lookup. The caller has merged the entries."""
+        peer = contact.peer
         pages = self._pages[peer] = self._pages.get(peer, 0) + 1
         if message.cursor and message.entries and pages < MAX_PAGES:
-            self.lookup.add(closer)
+            self.lookup.add(closer, peer)
             return self.request(peer, message.cursor)
-        return super().on_reply(peer, closer, message)
+        return super().on_reply(contact, closer, message, seen)
 
 
 class Publish(Locate):
@@ -115,7 +136,10 @@ class Publish(Locate):
     def __init__(self, query_id: int, lookup: Lookup, leased: LeasedEntry, replicas: int) -> None:
         super().__init__(query_id, leased.entry.key, lookup)
         self.leased = leased
-        self.acks = 0
+        self.holding: list[Contact] = []
+        """Peers that say they hold the entry."""
+        self.subnets: set[str | PeerId] = set()
+        """Where they were really met; a peer on a local network counts for itself."""
         self._replicas = replicas
         self._targets: list[Contact] | None = None
         self._deadlines: dict[PeerId, float] = {}
@@ -133,27 +157,32 @@ class Publish(Locate):
                 return step
             self._targets = self.lookup.closest(2 * self._replicas)[::-1]
         waiting = [deadline for deadline in self._deadlines.values() if deadline > now]
-        if self._targets and self.acks + len(waiting) < self._replicas:
+        if self._targets and len(self.holding) + len(waiting) < self._replicas:
             contact = self._targets.pop()
             put = Message(type=MessageType.PUT_ENTRIES, key=self.key, entries=(self.leased,))
             return Send(contact, put)
-        if self.acks >= self._replicas or not self._deadlines:
+        if len(self.holding) >= self._replicas or not self._deadlines:
             return Done()
         return Wait(min(waiting, default=None))  # too few took it: the slow ones may still
 
-    def asked(self, peer: PeerId, deadline: float) -> None:
+    def went_out(self, contact: Contact, limits: Limits, now: float) -> None:
         """The question went out."""
         if self.putting:
-            self._deadlines[peer] = deadline
+            self.asked += 1
+            self._deadlines[contact.peer] = now + limits.soft_s
         else:
-            super().asked(peer, deadline)
+            super().went_out(contact, limits, now)
 
-    def on_reply(self, peer: PeerId, closer: list[Contact], message: Message) -> Message | None:
+    def on_reply(
+        self, contact: Contact, closer: list[Contact], message: Message, seen: Multiaddr | None
+    ) -> Message | None:
         """Count a put that was taken, or go on with the lookup."""
         if message.type is not MessageType.PUT_ENTRIES:
-            return super().on_reply(peer, closer, message)
-        self._deadlines.pop(peer, None)
-        self.acks += message.accepted > 0
+            return super().on_reply(contact, closer, message, seen)
+        self._deadlines.pop(contact.peer, None)
+        if message.accepted > 0:
+            self.holding.append(contact)
+            self.subnets.add(subnet_of(seen) or contact.peer)
         return None
 
     def on_failure(self, peer: PeerId) -> None:

@@ -20,13 +20,15 @@ from typing import Final
 
 from ..protocol.ids import PeerId
 from ..protocol.multiaddr import Multiaddr
-from .keys import KEY_BITS, common_prefix_bits, distance
+from .keys import KEY_BITS
 
 K: Final = 20
 REPLACEMENTS: Final = 10
 BUCKET_SUBNET_LIMIT: Final = 2
 TABLE_SUBNET_LIMIT: Final = 10
 MAX_FAILURES: Final = 2
+SILENCE_FACTOR: Final = 10
+"""How much longer than a new contact an old one may be silent before it is asked whether it lives."""
 _LOCAL_NETWORKS: Final = tuple(
     ipaddress.ip_network(text)
     for text in (
@@ -46,15 +48,21 @@ class Contact:
     """Where it listens; may be empty while a connection to it is open."""
     key: bytes = field(init=False, repr=False, compare=False)
     """Its position in the key space."""
+    place: int = field(init=False, repr=False, compare=False)
+    """The same as a number: distances are taken thousands of times a second."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "key", self.peer.kad_key)
+        key = self.peer.kad_key
+        object.__setattr__(self, "key", key)
+        object.__setattr__(self, "place", int.from_bytes(key, "big"))
 
 
 @dataclass(slots=True)
 class _Row:
     contact: Contact
+    bucket: int
     subnet: str | None
+    since: float
     seen_at: float
     failures: int = 0
 
@@ -83,17 +91,17 @@ class Table:
     """Contacts by distance from our own key. All methods take the time as `now`, monotonic seconds."""
 
     def __init__(self, own_key: bytes, *, k: int = K) -> None:
-        self._own_key = own_key
+        self._own_place = int.from_bytes(own_key, "big")
         self._k = k
         self._buckets: dict[int, _Bucket] = {}
+        self._rows: dict[PeerId, _Row] = {}
         self._subnets: Counter[str] = Counter()
-        self._size = 0
 
     def __len__(self) -> int:
-        return self._size
+        return len(self._rows)
 
     def __contains__(self, peer: PeerId) -> bool:
-        return self.get(peer) is not None
+        return peer in self._rows
 
     def __iter__(self) -> Iterator[Contact]:
         for index in sorted(self._buckets):
@@ -101,55 +109,51 @@ class Table:
 
     def get(self, peer: PeerId) -> Contact | None:
         """The contact of a peer in the table, None when it is not there (replacements do not count)."""
-        row = self._row(peer)
+        row = self._rows.get(peer)
         return None if row is None else row.contact
 
     def seen_at(self, peer: PeerId) -> float | None:
         """When a contact last spoke to us."""
-        row = self._row(peer)
+        row = self._rows.get(peer)
         return None if row is None else row.seen_at
 
     def heard(self, contact: Contact, now: float, seen: Multiaddr | None = None) -> bool:
         """Note that a server spoke to us, from address `seen`. True when it newly entered the table."""
-        if contact.key == self._own_key:
-            return False
-        bucket = self._buckets.setdefault(self._index(contact.key), _Bucket())
-        row = bucket.rows.get(contact.peer)
+        row = self._rows.get(contact.peer)
         if row is not None:
             if contact.addrs:
                 row.contact = contact
             row.seen_at = now
             row.failures = 0
-            bucket.rows.move_to_end(contact.peer)
+            self._buckets[row.bucket].rows.move_to_end(contact.peer)
             return False
+        if contact.place == self._own_place:
+            return False
+        index = self._index(contact.place)
+        bucket = self._buckets.setdefault(index, _Bucket())
         bucket.spare.pop(contact.peer, None)
-        return self._admit(bucket, _Row(contact, subnet_of(seen), now))
+        return self._admit(bucket, _Row(contact, index, subnet_of(seen), now, now))
 
     def failed(self, peer: PeerId) -> bool:
         """Note that a contact did not answer. True when it left the table for it."""
-        bucket = self._buckets.get(self._index(peer.kad_key))
-        if bucket is None:
-            return False
-        bucket.spare.pop(peer, None)
-        row = bucket.rows.get(peer)
+        row = self._rows.get(peer)
         if row is None:
+            self._forget_spare(peer)
             return False
         row.failures += 1
-        if row.failures < MAX_FAILURES and not bucket.spare:
+        if row.failures < MAX_FAILURES and not self._buckets[row.bucket].spare:
             return False
         self.remove(peer)
         return True
 
     def remove(self, peer: PeerId) -> None:
         """Drop a contact at once and let the freshest replacement that fits take its place."""
-        bucket = self._buckets.get(self._index(peer.kad_key))
-        if bucket is None:
-            return
-        bucket.spare.pop(peer, None)
-        row = bucket.rows.pop(peer, None)
+        row = self._rows.pop(peer, None)
         if row is None:
+            self._forget_spare(peer)
             return
-        self._size -= 1
+        bucket = self._buckets[row.bucket]
+        del bucket.rows[peer]
         if row.subnet is not None:
             self._subnets[row.subnet] -= 1
             if not self._subnets[row.subnet]:
@@ -161,34 +165,48 @@ class Table:
 
     def closest(self, key: bytes, count: int) -> list[Contact]:
         """The `count` contacts without failures that are nearest to a key, nearest first."""
+        place = int.from_bytes(key, "big")
         found: list[Contact] = []
-        for indices in self._near_to_far(self._index(key)):
+        for indices in self._near_to_far(self._index(place)):
             for index in indices:
-                rows = self._buckets[index].rows.values()
-                found += [row.contact for row in rows if not row.failures]
+                found += [row.contact for row in self._buckets[index].rows.values() if not row.failures]
             if len(found) >= count:
                 break
-        return nsmallest(count, found, key=lambda contact: distance(contact.key, key))
+        found.sort(key=lambda contact: contact.place ^ place)
+        return found[:count]
 
-    def silent(self, before: float, count: int) -> list[Contact]:
-        """Up to `count` contacts that have not spoken since `before`, the longest silent first."""
-        oldest = [
-            (row.seen_at, row.contact.key, row.contact)
-            for bucket in self._buckets.values()
-            for row in bucket.rows.values()
-            if row.seen_at < before
+    def reach(self, count: int) -> int:
+        """Distance within which, at the density of peers near ourselves, about `count` peers lie around any key.
+
+        The largest number when we know fewer than k peers: then there may be no others.
+        """
+        near: list[int] = []
+        for index in sorted(self._buckets, reverse=True):
+            near += [row.contact.place ^ self._own_place for row in self._buckets[index].rows.values()]
+            if len(near) >= self._k:
+                return sorted(near)[self._k - 1] * count // self._k
+        return 1 << KEY_BITS
+
+    def silent(self, now: float, base_s: float, count: int) -> list[Contact]:
+        """Up to `count` contacts due to be asked whether they still live, the longest silent first.
+
+        One is due after `base_s` of silence, but after half the time it has been known if that is longer: peers that
+        have stayed long tend to stay (Kademlia section 4.1), and asking 200 of them every minute is most of the traffic
+        of an idle node.
+        """
+        silent = [
+            (row.seen_at, row.contact.place, row.contact)
+            for row in self._rows.values()
+            if now - row.seen_at > min(max(base_s, (row.seen_at - row.since) / 2), SILENCE_FACTOR * base_s)
         ]
-        return [contact for _, _, contact in nsmallest(count, oldest, key=lambda item: item[:2])]
+        return [contact for _, _, contact in nsmallest(count, silent, key=lambda item: item[:2])]
 
     def suspect(self, peer: PeerId) -> None:
         """Make a contact the first to be asked whether it still lives (its connection broke, say)."""
-        row = self._row(peer)
+        row = self._rows.get(peer)
         if row is not None:
             row.seen_at = float("-inf")
-
-    def depth(self) -> int:
-        """Highest prefix length with a contact: how many bucket refreshes are worth it."""
-        return max((index for index, bucket in self._buckets.items() if bucket.rows), default=0)
+            self._buckets[row.bucket].rows.move_to_end(peer, last=False)
 
     def _admit(self, bucket: _Bucket, row: _Row) -> bool:
         if self._fits(bucket, row.subnet):
@@ -206,8 +224,7 @@ class Table:
         return False
 
     def _enter(self, bucket: _Bucket, row: _Row) -> None:
-        bucket.rows[row.contact.peer] = row
-        self._size += 1
+        bucket.rows[row.contact.peer] = self._rows[row.contact.peer] = row
         if row.subnet is not None:
             self._subnets[row.subnet] += 1
 
@@ -217,12 +234,13 @@ class Table:
         beside = sum(row.subnet == subnet for row in bucket.rows.values())
         return beside < BUCKET_SUBNET_LIMIT and self._subnets[subnet] < TABLE_SUBNET_LIMIT
 
-    def _row(self, peer: PeerId) -> _Row | None:
-        bucket = self._buckets.get(self._index(peer.kad_key))
-        return None if bucket is None else bucket.rows.get(peer)
+    def _forget_spare(self, peer: PeerId) -> None:
+        bucket = self._buckets.get(self._index(int.from_bytes(peer.kad_key, "big")))
+        if bucket is not None:
+            bucket.spare.pop(peer, None)
 
-    def _index(self, key: bytes) -> int:
-        return min(common_prefix_bits(self._own_key, key), KEY_BITS - 1)
+    def _index(self, place: int) -> int:
+        return min(KEY_BITS - (place ^ self._own_place).bit_length(), KEY_BITS - 1)
 
     def _near_to_far(self, index: int) -> Iterator[Sequence[int]]:
         """Bucket groups in order of distance from a key in bucket `index`: it, all nearer to us, then outwards."""

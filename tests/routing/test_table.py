@@ -193,8 +193,35 @@ def test_silent_contacts_longest_first_and_suspects_before_all():
     members = crowd(5)
     for index, one in enumerate(members):
         table.heard(one, float(index))
-    assert table.silent(3.0, 2) == members[:2]
-    assert table.silent(0.0, 9) == []
+    assert table.silent(12.5, 10.0, 2) == members[:2]
+    assert table.silent(10.0, 10.0, 9) == []
     table.suspect(members[4].peer)
     table.suspect(contact(99).peer)
-    assert table.silent(3.0, 2) == [members[4], members[0]]
+    assert table.silent(12.5, 10.0, 2) == [members[4], members[0]]
+
+
+def test_contacts_known_for_long_may_be_silent_for_longer():
+    table = Table(OWN)
+    old, young = crowd(2)
+    for heard_at in (0.0, 100.0):
+        table.heard(old, heard_at)
+    table.heard(young, 100.0)
+    assert table.silent(111.0, 10.0, 9) == [young]
+    assert table.silent(151.0, 10.0, 9) == near([old, young], OWN, 2)
+    table.heard(old, 10_000.0)
+    assert old in table.silent(10_001.0 + tables.SILENCE_FACTOR * 10.0, 10.0, 9), "but not for ever"
+
+
+def test_reach_follows_the_density_around_us():
+    table = Table(OWN)
+    assert table.reach(20) == 1 << 256, "knowing hardly anybody, everybody counts"
+    everybody = crowd(2000)
+    for one in everybody:
+        table.heard(one, 0.0)
+    rng = Random(3)
+    inside = [
+        sum(distance(one.key, key) <= table.reach(20) for one in everybody)
+        for key in (rng.randbytes(32) for _ in range(100))
+    ]
+    assert 10 < sum(inside) / 100 < 40
+    assert table.reach(40) >= 2 * table.reach(20) - 1

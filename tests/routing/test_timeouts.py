@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 from swarmnode.protocol.ids import PeerId
 from swarmnode.routing import timeouts
 from swarmnode.routing.timeouts import Timeouts
@@ -10,18 +11,19 @@ def peer(number):
 
 
 def test_before_anybody_answered():
-    waits = Timeouts()
-    assert waits.soft_s(peer(1)) == timeouts.INITIAL_S
-    assert waits.hard_s(peer(1)) == timeouts.HARD_FACTOR * timeouts.INITIAL_S
+    limits = Timeouts().limits(peer(1))
+    assert limits.hedge_s == limits.soft_s == timeouts.INITIAL_S
+    assert limits.hard_s == timeouts.HARD_FACTOR * timeouts.INITIAL_S
 
 
 def test_loopback_comes_to_the_floors():
     waits = Timeouts()
     for number in range(20):
         waits.observe(peer(number % 5), 0.002)
-    assert waits.soft_s(peer(1)) == timeouts.FLOOR_S
-    assert waits.soft_s(peer(99)) == timeouts.FLOOR_S
-    assert waits.hard_s(peer(1)) == timeouts.HARD_FLOOR_S
+    for limits in (waits.limits(peer(1)), waits.limits(peer(99))):
+        assert limits.hedge_s == timeouts.HEDGE_FLOOR_S
+        assert limits.soft_s == timeouts.FLOOR_S
+        assert limits.hard_s == timeouts.HARD_FLOOR_S
 
 
 def test_a_slow_link_raises_its_own_limit_only():
@@ -29,12 +31,27 @@ def test_a_slow_link_raises_its_own_limit_only():
     for _ in range(20):
         waits.observe(peer(1), 0.01)
         waits.observe(peer(2), 0.8)
-    assert waits.soft_s(peer(1)) == timeouts.FLOOR_S
-    assert 0.8 < waits.soft_s(peer(2)) < 1.0
+    assert waits.limits(peer(1)).soft_s == timeouts.FLOOR_S
+    assert 0.8 < waits.limits(peer(2)).soft_s < 1.0
     for _ in range(20):
         waits.observe(peer(2), 60.0)
-    assert waits.soft_s(peer(2)) == timeouts.CEILING_S
-    assert waits.hard_s(peer(2)) == timeouts.HARD_CEILING_S
+    assert waits.limits(peer(2)).soft_s == timeouts.CEILING_S
+    assert waits.limits(peer(2)).hard_s == timeouts.HARD_CEILING_S
+
+
+def test_strangers_get_quantiles_of_the_last_first_answers():
+    waits = Timeouts()
+    waits.observe(peer(0), 0.3)
+    assert waits.limits(peer(999)).soft_s == 0.6, "one sample says little: twice as long"
+    for number in range(1, 101):
+        waits.observe(peer(number), 0.2 + number / 1000)
+    limits = waits.limits(peer(999))
+    assert limits.hedge_s == pytest.approx(0.2 + timeouts.HEDGE_QUANTILE / 10, abs=0.003)
+    assert limits.soft_s == pytest.approx(0.2 + timeouts.SOFT_QUANTILE / 10, abs=0.003)
+    assert limits.hedge_s < limits.soft_s < limits.late_s < limits.hard_s
+    for number in range(101, 101 + timeouts.WINDOW):
+        waits.observe(peer(number), 1.0)
+    assert waits.limits(peer(999)).hedge_s == 1.0, "old answers are forgotten"
 
 
 def test_memory_is_bounded():
