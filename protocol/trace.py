@@ -22,6 +22,8 @@ MAX_TEXT: Final = 200
 MAX_LINE: Final = 1024 * 1024
 """Characters of one line that a reader accepts; a full Noise message of empty frames takes about 150 KB."""
 MAX_NAME: Final = 64
+MAX_TIME: Final = 1e15
+"""Seconds; JSON has integers that are no float."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +84,9 @@ def decode(line: str) -> TraceEvent:
     """Parse one line. Raises ConfigError."""
     body = _parse(line)
     time, name, data = body.get("time"), body.get("name"), body.get("data")
-    if not isinstance(time, int | float) or not isinstance(name, str) or not isinstance(data, dict):
+    if not isinstance(time, int | float) or not abs(time) <= MAX_TIME:
+        raise ConfigError("not an event: its time is no number of seconds")
+    if not isinstance(name, str) or not isinstance(data, dict):
         raise ConfigError('not an event: {"time": number, "name": text, "data": object} is expected')
     if len(name) > MAX_NAME or not name.isprintable():
         raise ConfigError(f"the event's name is over {MAX_NAME} characters or not printable")

@@ -3,5 +3,6 @@
 from .links import LINKS
 from .muxes import MUXES
 from .sessions import SESSIONS
+from .traces import TRACES
 
-STATEFUL = (*MUXES, *LINKS, *SESSIONS)
+STATEFUL = (*MUXES, *LINKS, *SESSIONS, *TRACES)

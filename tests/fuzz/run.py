@@ -19,7 +19,7 @@ from fuzz.machines import STATEFUL
 from fuzz.targets import STATELESS
 
 SHOWN = 5
-"""Crashes of one target that are printed."""
+"""Crashes of one target that are printed, each kind once."""
 
 
 def chosen(options):
@@ -39,7 +39,8 @@ def show(report):
         f"| {report.peak_bytes // 1024} | {report.grown_kib} | {report.slowest_s * 1000:.1f} | {rate:.0f} |",
         flush=True,
     )
-    for data, why in (report.crashes + report.excess)[:SHOWN]:
+    kinds = {why.splitlines()[-1][:60]: (data, why) for data, why in reversed(report.crashes + report.excess)}
+    for data, why in list(kinds.values())[:SHOWN]:
         print(f"\n    {why}\n    input: {base64.b85encode(data[:4000]).decode()}\n", flush=True)
 
 

@@ -7,6 +7,7 @@ import struct
 
 import msgpack
 from swarmnode.protocol import kad, manifest, messages, multistream, protobuf
+from swarmnode.protocol.envelope import RECORD_DOMAIN, RECORD_TYPE, Envelope, PeerRecord
 from swarmnode.protocol.frames import pack
 from swarmnode.protocol.identify import Identify
 from swarmnode.protocol.ids import KeyType, PeerId, PrivateKey, PublicKey, base58_decode, base58_encode
@@ -17,6 +18,8 @@ from swarmnode.protocol.sampling import SamplingParams
 from swarmnode.protocol.wire import Message
 from swarmnode.routing.announce import Announcement, ModelListing, State, kv_bucket
 from swarmnode.routing.coordinates import Coordinate
+
+from .mutate import mutate
 
 KEYS = tuple(PrivateKey.from_seed(bytes(31) + bytes([number])) for number in range(1, 9))
 HASHED = PeerId(b"\x12\x20" + hashlib.sha256(b"an RSA key").digest())
@@ -151,6 +154,16 @@ def identify(rng):
         protocol_version=rng.choice(WORDS),
         agent_version=rng.choice(WORDS),
     ).encode()
+
+
+def envelope(rng):
+    """A peer record as its peer seals it, sometimes with a payload that is signed and yet damaged."""
+    key = rng.choice(KEYS)
+    addrs = tuple(Multiaddr.parse(multiaddr_text(rng)).without_peer() for _ in range(rng.choice((0, 1, 3, 40))))
+    payload = PeerRecord(peer=key.peer_id, seq=number(rng), addrs=addrs).encode()
+    if rng.random() < 0.5:
+        payload = mutate(payload, rng)
+    return Envelope.seal(key, RECORD_DOMAIN, RECORD_TYPE, payload).encode()
 
 
 # -- ours --

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from random import Random
 
 from swarmnode.protocol import kad, messages, protobuf
+from swarmnode.protocol.envelope import PeerRecord
 from swarmnode.protocol.errors import ConfigError, RemoteProtocolError
 from swarmnode.protocol.frames import MAX_HEADER, MAX_ITEMS, PREFIX, pack, unpack_header, unpack_prefix
 from swarmnode.protocol.identify import MAX_ADDRS, MAX_PROTOCOLS, Identify
@@ -179,6 +180,14 @@ def run_base58(data):
     assert base58_encode(raw) == data[:128].decode("latin-1")
 
 
+def run_envelope(data):
+    """Damage to an envelope must show; damage inside one that its peer has signed must be borne."""
+    record = PeerRecord.open(data)
+    assert PeerRecord.decode(record.encode()) == record
+    assert record.peer in seeds.PEERS, "signed by nobody we know"
+    assert PeerRecord.open(data, peer=record.peer) == record
+
+
 def run_multiaddr(data):
     address = Multiaddr.from_bytes(data)
     assert Multiaddr.parse(str(address)) == address
@@ -333,6 +342,7 @@ STATELESS = (
     Target("multistream-dialer", seeds.multistream_dialog, run_multistream_dialer),
     Target("multistream-responder", seeds.multistream_dialog, run_multistream_responder),
     Target("identify", seeds.identify, run_identify),
+    Target("envelope", seeds.envelope, run_envelope),
     Target("public-key", seeds.public_key, run_public_key),
     Target("peer-id", seeds.peer_id, run_peer_id),
     Target("peer-id-text", lambda rng: seeds.peer_text(rng).encode(), run_peer_text, errors=(ConfigError,)),

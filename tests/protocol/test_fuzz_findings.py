@@ -1,5 +1,6 @@
 """What fuzzing found, each as the smallest test that shows it. The inputs themselves are in tests/fuzz/corpus."""
 
+import json
 import tracemalloc
 
 import msgpack
@@ -11,6 +12,7 @@ from swarmnode.protocol.messages import Data, Info, Open, Rewire
 from swarmnode.protocol.multiaddr import Multiaddr
 from swarmnode.protocol.sampling import SamplingParams
 from swarmnode.protocol.session import SessionMachine
+from swarmnode.protocol.trace import decode
 from swarmnode.protocol.yamux import Session
 from swarmnode.protocol.yamux_frames import HEADER
 
@@ -73,6 +75,12 @@ def test_a_name_in_an_address_is_not_empty(code):
 def test_a_number_beyond_all_floats_is_a_config_error(name):
     with pytest.raises(ConfigError, match=name):
         SamplingParams(**{name: 10**5000})
+
+
+def test_a_time_that_is_no_float_is_no_event():
+    for time in (10**400, float("nan"), -1e300):
+        with pytest.raises(ConfigError, match="its time is no number"):
+            decode(json.dumps({"time": time, "name": "a:b", "data": {}}))
 
 
 def test_a_flag_is_no_number():
