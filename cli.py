@@ -138,10 +138,9 @@ _sampling = _options(
 def swarmnode(ctx: click.Context, /, config: Path | None, quiet: bool, verbose: int) -> None:
     """Run large language models together, peer to peer."""
     if verbose:
-        import logging
+        from .node.log import configure_logging
 
-        level = logging.DEBUG if verbose > 1 else logging.INFO
-        logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+        configure_logging(verbose)
     if not {"-h", "--help"} & set(ctx.obj):  # help must work with a broken settings file, and cost nothing
         ctx.default_map = _settings(config)
 
@@ -168,6 +167,8 @@ def _settable(command: click.Command) -> set[str]:
         "raw",
         "count",
         "tokens",
+        "file",
+        "verbose",
     }
 
 
@@ -184,10 +185,10 @@ def _config(peer: Sequence[str], swarm: str, **settings: Any) -> NodeConfig:
     folders: dict[str, Any] = {
         name: Path(os.environ[f"SWARMNODE_{name.upper()}"]) for name in _FOLDERS if _folder_set(name)
     }
-    return NodeConfig(peers=tuple(peer), swarm=swarm, **folders, **settings)
+    return NodeConfig(peers=tuple(peer), swarm=swarm, **(folders | settings))
 
 
-_FOLDERS: Final = ("data_dir", "cache_dir", "state_dir")
+_FOLDERS: Final = ("data_dir", "cache_dir", "state_dir", "trace_dir")
 
 
 def _folder_set(name: str) -> bool:
@@ -212,6 +213,14 @@ def _folder_set(name: str) -> bool:
 @_option("--identity", type=click.Path(path_type=Path), default=None, metavar="FILE", help="Key file, made if missing.")
 @_option("--allow", multiple=True, metavar="PEER|CIDR", help="Let it in even when the node is full. Repeatable.")
 @_option("--public-name", default="", metavar="NAME", help="What others see beside your peer id.")
+@_option(
+    "--trace",
+    env="SWARMNODE_TRACE_DIR",
+    type=click.Path(path_type=Path),
+    default=None,
+    metavar="DIR",
+    help="Trace connections into files of this folder: headers and lengths, no content.",
+)
 @_json
 @click.pass_context
 def join(
@@ -230,6 +239,7 @@ def join(
     identity: Path | None,
     allow: tuple[str, ...],
     public_name: str,
+    trace: Path | None,
     as_json: bool,
 ) -> int:
     """Join a swarm and serve blocks of MODEL until interrupted.
@@ -239,7 +249,7 @@ def join(
     """
     span = parse_span(serve)
     settings: dict[str, Any] = {"identity": identity, "public_name": public_name, "persistent": True}
-    settings |= {"lan": lan, "allow": allow}
+    settings |= {"lan": lan, "allow": allow, "trace_dir": trace}
     if listen:
         settings["listen"] = listen
     config = _config(peer, swarm, publish_runtime=True, **settings)
@@ -362,13 +372,23 @@ def status(ctx: click.Context, /, peer: tuple[str, ...], swarm: str, lan: bool, 
 
 @swarmnode.command()
 @_swarm
+@click.option(
+    "-v", "--verbose", is_flag=True, help="Every connection: round trips, streams, bytes, and why others ended."
+)
 @_json
 @click.pass_context
-def peers(ctx: click.Context, /, peer: tuple[str, ...], swarm: str, lan: bool, as_json: bool) -> int:
-    """Nodes met on joining, with a measured round trip each."""
+def peers(ctx: click.Context, /, peer: tuple[str, ...], swarm: str, lan: bool, verbose: bool, as_json: bool) -> int:
+    """Nodes met on joining, with a measured round trip each.
+
+    With -v, the connections of the nodes running on this machine; with --peer, those of this command itself.
+    """
     from .node import commands, reports
 
-    return commands.run(reports.peers(_config(peer, swarm, lan=lan), _console(ctx, as_json)))
+    config, console = _config(peer, swarm, lan=lan), _console(ctx, as_json)
+    if verbose:
+        own = ctx.get_parameter_source("peer") is click.core.ParameterSource.COMMANDLINE
+        return commands.run(reports.connections(config, console, own=own))
+    return commands.run(reports.peers(config, console))
 
 
 @swarmnode.command()
@@ -418,6 +438,20 @@ def invite(ctx: click.Context, /, peer: tuple[str, ...], swarm: str, lan: bool, 
     from .node.entrance import invite
 
     return invite(_config(peer, swarm, lan=lan), _console(ctx, as_json))
+
+
+@swarmnode.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@_json
+@click.pass_context
+def trace(ctx: click.Context, /, file: Path, as_json: bool) -> int:
+    """Replay a connection's trace, and say where it departs from what this version does.
+
+    FILE was written by a node with --trace. Exit code 0: the same to the last record, 1: it departs.
+    """
+    from .node import observed
+
+    return observed.replay_file(file, _console(ctx, as_json))
 
 
 @swarmnode.command("id")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -17,22 +18,31 @@ from ..routing.swarm import SwarmView
 from .config import NodeConfig
 from .console import Console, milliseconds
 from .entrance import client
+from .host import Host
 from .identity import Identity
 from .node import Node
+from .observe import Json, ask_all, report, with_rates
+from .observed import show_connections
 from .runtime import RunningNode, running_nodes
 
 PING_PAUSE_S: Final = 0.2
+MAX_ASKED: Final = 16
+"""Nodes of this machine that are asked how they are doing."""
 
 
 async def status(config: NodeConfig, console: Console) -> int:
     """Nodes of this machine, and how well the swarm covers each model."""
-    local = running_nodes(config.state_dir, config.swarm)
+    local = running_nodes(config.state_dir, config.swarm)[:MAX_ASKED]
     async with client(config, console) as node:
         models = await node.models()
         views = [(listed, await node.view_of(listed)) for listed in models]
         known = (await node.status()).known_nodes
     if console.as_json:
-        body = {"swarm": config.swarm, "known_nodes": known, "local_nodes": [_node_json(n) for n in local]}
+        told = await ask_all(local, connections=False)
+        nodes = [
+            _node_json(node) | {"metrics": said and said["metrics"]} for node, said in zip(local, told, strict=True)
+        ]
+        body = {"swarm": config.swarm, "known_nodes": known, "local_nodes": nodes}
         console.json(body | {"models": [_coverage_json(view) for _, view in views]})
         return 0
     for here in local:
@@ -116,6 +126,28 @@ async def peers(config: NodeConfig, console: Console) -> int:
         ],
     )
     return 0
+
+
+async def connections(config: NodeConfig, console: Console, *, own: bool) -> int:
+    """Connections of the nodes running on this machine; `own`: of this command itself, once it has joined."""
+    local = [] if own else running_nodes(config.state_dir, config.swarm)[:MAX_ASKED]
+    if local:
+        told = await ask_all(local, connections=True, twice=True)
+        for silent in (node for node, said in zip(local, told, strict=True) if said is None):
+            console.note(f"the node {silent.peer.short} (process {silent.pid}) does not answer")
+    else:
+        async with client(config, console) as node:
+            told = [await with_rates(partial(_look, node.host))]
+    found = [said for said in told if said is not None]
+    if console.as_json:
+        console.json({"nodes": found})
+    for said in () if console.as_json else found:
+        show_connections(said, console)
+    return 0 if found else 1
+
+
+async def _look(host: Host) -> Json:
+    return report(host, connections=True)
 
 
 async def models(config: NodeConfig, console: Console) -> int:

@@ -97,10 +97,23 @@ class _Witness(Budget):
         self._real.give_back(size)
 
 
+class _Silence:
+    """While it is entered, a call is being recorded: what that calls itself is not."""
+
+    def __init__(self) -> None:
+        self.depth = 0
+
+    def __enter__(self) -> None:
+        self.depth += 1
+
+    def __exit__(self, *exc: object) -> None:
+        self.depth -= 1
+
+
 class RecordingStream(MuxStream):
     """A stream whose owner's calls are recorded."""
 
-    __slots__ = ("_priority", "_protocol")
+    __slots__ = ("_priority", "_protocol", "_wanted")
 
     session: RecordingSession
 
@@ -124,41 +137,58 @@ class RecordingStream(MuxStream):
         self._protocol = value
         self.session.told("stream_protocol", self, protocol=clean(value))
 
+    @property
+    def wanted(self) -> int:
+        """See MuxStream."""
+        return self._wanted
+
+    @wanted.setter
+    def wanted(self, value: int) -> None:
+        self._wanted = value
+        self.session.told("stream_wanted_set", self, length=value)
+
     def send(self, parts: tuple[Part, ...]) -> None:
         """See MuxStream."""
         before = self.queued
-        super().send(parts)
+        with self.session.silence:
+            super().send(parts)
         self.session.told("stream_written", self, length=self.queued - before)
 
     def finish(self) -> None:
         """See MuxStream."""
-        super().finish()
+        with self.session.silence:
+            super().finish()
         self.session.told("stream_finished", self)
 
     def withdraw(self) -> None:
         """See MuxStream."""
-        super().withdraw()
+        with self.session.silence:
+            super().withdraw()
         self.session.told("stream_withdrawn", self)
 
     def want(self, size: int) -> None:
         """See MuxStream."""
-        super().want(size)
+        with self.session.silence:
+            super().want(size)
         self.session.told("stream_wanted", self, length=size)
 
     def take(self, max_bytes: int) -> bytes:
         """See MuxStream."""
-        data = super().take(max_bytes)
+        with self.session.silence:
+            data = super().take(max_bytes)
         self.session.told("stream_taken", self, most=max_bytes, length=len(data))
         return data
 
     def unread(self, data: bytes) -> None:
         """See MuxStream."""
-        super().unread(data)
+        with self.session.silence:
+            super().unread(data)
         self.session.told("stream_unread", self, length=len(data))
 
     def ignore_input(self) -> None:
         """See MuxStream."""
-        super().ignore_input()
+        with self.session.silence:
+            super().ignore_input()
         self.session.told("stream_ignored", self)
 
     def state(self) -> list[int]:
@@ -176,20 +206,16 @@ class RecordingSession(Session):
     def __init__(self, *, client: bool, node_budget: Budget | None = None, emit: Emit) -> None:
         self._witness = _Witness(node_budget or Budget(WINDOW_BUDGET))
         self._emit = emit
-        self._inside = True  # a call is being recorded: what it calls itself is not
+        self.silence = _Silence()
         self._headers = Headers()
         self._settings: dict[str, float] = {}
         super().__init__(client=client, node_budget=self._witness)
-        self._inside = False
         self._record("session_started", {"client": client, "rules": RULES})
 
     def open(self) -> MuxStream:
         """See Session."""
-        self._inside = True
-        try:
+        with self.silence:
             stream = super().open()
-        finally:
-            self._inside = False
         self._record("stream_opened", {"stream": stream.id}, (stream,))
         return stream
 
@@ -205,25 +231,29 @@ class RecordingSession(Session):
 
     def go_away(self, code: GoAway = GoAway.NORMAL) -> None:
         """See Session."""
-        super().go_away(code)
+        with self.silence:
+            super().go_away(code)
         self._record("go_away_sent", {"code": int(code)})
 
     def close(self) -> None:
         """See Session."""
-        super().close()
+        with self.silence:
+            super().close()
         tally = {name: getattr(self.tally, name) for name in Tally.__slots__}
         self._record("session_closed", {"tally": tally})
 
     def fill(self, out: memoryview) -> int:
         """See Session."""
-        size = super().fill(out)
+        with self.silence:
+            size = super().fill(out)
         frames = Headers().feed(out[:size])
         self._record("frames_sent", {"room": len(out), "size": size, "frames": frames}, self._touched(frames))
         return size
 
     def frame_now(self, stream: MuxStream, parts: tuple[Part, ...]) -> bytes | None:
         """See Session."""
-        frame = super().frame_now(stream, parts)
+        with self.silence:
+            frame = super().frame_now(stream, parts)
         length = sum(memoryview(part).nbytes for part in parts)
         sent = Headers().feed(frame or b"")
         self._record("stream_framed", {"stream": stream.id, "length": length, "frames": sent}, (stream,))
@@ -242,17 +272,15 @@ class RecordingSession(Session):
 
     def told(self, name: str, stream: MuxStream, **data: Any) -> None:
         """A stream's owner called it."""
-        if not self._inside:
+        if not self.silence.depth:
             self._record(name, {"stream": stream.id} | data, (stream,))
 
     def _guarded(self, call: Callable[[], None]) -> RemoteProtocolError | None:
-        self._inside = True
-        try:
-            call()
-        except RemoteProtocolError as exc:
-            return exc
-        finally:
-            self._inside = False
+        with self.silence:
+            try:
+                call()
+            except RemoteProtocolError as exc:
+                return exc
         return None
 
     def _touched(self, frames: Iterable[list[int]]) -> list[MuxStream]:

@@ -28,6 +28,8 @@ MAX_WRITE: Final = 1 << 32
 """Bytes of one write."""
 MAX_STREAMS: Final = 1 << 20
 """Streams of one trace."""
+MAX_TIME: Final = 1e15
+"""Seconds; JSON has numbers that are none, and integers that fit no float."""
 MAX_SHOWN: Final = 2000
 """Characters of what was expected and what came."""
 _SKIPPED: Final = ("trace:", "connectivity:", "security:")
@@ -204,6 +206,8 @@ class _Run:
             stream.withdraw()
         elif name == "stream_wanted":
             stream.want(_integer(data, "length", MAX_WRITE))
+        elif name == "stream_wanted_set":
+            stream.wanted = _integer(data, "length", MAX_WRITE)
         elif name == "stream_taken":
             stream.take(_integer(data, "most", 1 << 62))
         elif name == "stream_unread":
@@ -220,9 +224,10 @@ class _Run:
     def _settings(self, session: RecordingSession, data: Any) -> None:
         for key, attribute in (("now", "now"), ("rtt", "rtt_s")):
             if key in data:
-                if not isinstance(data[key], int | float):
-                    raise ConfigError(f"{key}: a number is expected")
-                setattr(session, attribute, data[key])
+                value = data[key]
+                if not isinstance(value, int | float) or not abs(value) <= MAX_TIME:
+                    raise ConfigError(f"{key}: a number of seconds is expected")
+                setattr(session, attribute, float(value))
         if "frame_limit" in data:
             session.frame_limit = _integer(data, "frame_limit", MAX_CHUNK)
 

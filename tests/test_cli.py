@@ -25,7 +25,7 @@ from swarmnode.protocol.multiaddr import Multiaddr
 
 PEER = PrivateKey.from_seed(bytes(32)).peer_id
 ADDRESS = f"/ip4/127.0.0.1/tcp/4001/p2p/{PEER}"
-VERBS = ("join", "generate", "chat", "status", "peers", "models", "route", "ping", "invite", "id")
+VERBS = ("join", "generate", "chat", "status", "peers", "models", "route", "ping", "invite", "trace", "id")
 
 
 @pytest.fixture(autouse=True)
@@ -547,6 +547,93 @@ def test_a_dht_node_is_found_and_leaves_cleanly(dht_node):
     assert_error(run("ping", wrong), 1, str(PEER))
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=30) == 0
+
+
+def test_peers_v_shows_the_connections_of_the_running_node(dht_node, own_folders):
+    address, _ = dht_node
+    peer = address.rpartition("/")[2]
+    (runtime,) = (own_folders / "state").glob("node-*.json")
+    assert runtime.stat().st_mode & 0o777 == 0o600
+    code, out, _ = run("peers", "-v", "--json")
+    (node,) = json.loads(out)["nodes"]
+    assert (code, node["peer_id"], node["connections"]) == (0, peer, [])
+    assert node["metrics"]["connections"] == 1  # the one that asks
+    code, out, _ = run("peers", "-v")  # the connection that asked before has ended
+    assert code == 0
+    lines = out.splitlines()
+    assert lines[0] == f"node {peer}: 0 connections"
+    assert "ended lately" in lines
+    assert "the peer closed the connection" in out
+    code, out, _ = run("peers", "-v", "--peer", address, "--json")
+    (own,) = json.loads(out)["nodes"]
+    (row,) = own["connections"]
+    assert own["peer_id"] != peer
+    assert (code, row["peer_id"], row["direction"], row["relayed"]) == (0, peer, "out", False)
+    assert row["rate_in"] >= 0
+    assert row["rtt_min_s"] > 0
+    code, out, _ = run("peers", "-v", "--peer", address)
+    head, row = out.splitlines()[1:3]
+    assert head.split()[:3] == ["peer", "address", "path"]
+    assert row.split()[0] == peer[-8:]
+    assert "direct" in row
+    (local,) = json.loads(run("status", "--json")[1])["local_nodes"]
+    assert local["metrics"]["connections_in"] >= 2
+    assert set(local["metrics"]["total"]["classes"]) == {"control", "decode", "bulk"}
+
+
+def test_a_node_that_does_not_answer_is_said(dht_node, own_folders):
+    (runtime,) = (own_folders / "state").glob("node-*.json")
+    runtime.write_text(json.dumps(json.loads(runtime.read_text()) | {"report_key": "00" * 32}))
+    code, out, err = run("peers", "-v", "--json")
+    assert (code, json.loads(out)) == (1, {"nodes": []})
+    assert "does not answer" in err
+    (local,) = json.loads(run("status", "--json")[1])["local_nodes"]
+    assert local["metrics"] is None
+
+
+@pytest.fixture
+def trace_dir(own_folders, monkeypatch):
+    monkeypatch.setenv("SWARMNODE_TRACE_DIR", str(own_folders / "traces"))
+    return own_folders / "traces"
+
+
+def test_a_traced_node_leaves_traces_that_replay(trace_dir, dht_node):
+    address, process = dht_node
+    assert run("ping", address, "-c", "2")[0] == 0
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=30) == 0
+    ours, theirs = sorted(trace_dir.glob("trace-*.jsonl"), key=lambda path: "-in-" in path.name)
+    for path in (ours, theirs):
+        code, out, _ = run("trace", str(path))
+        assert code == 0
+        assert out.startswith("same to the end: ")
+        assert "does not reach" not in out
+
+
+TRACE_HEAD = '{"file_schema": "urn:swarmnode:trace:1", "vantage_point": {"type": "client"}}'
+
+
+def test_trace_says_where_it_departs(tmp_path):
+    path = tmp_path / "trace.jsonl"
+    assert_error(run("trace", str(path)), 2, "cannot read the trace")
+    path.write_text("nonsense\n")
+    assert_error(run("trace", str(path)), 2, "line 1: not JSON")
+    path.write_text("x" * (3 << 20))
+    assert_error(run("trace", str(path)), 2, "line 1: a line of")
+    started = '{"time": 0, "name": "yamux:session_started", "data": {"client": true, "rules": 5}}'
+    path.write_text(f"{TRACE_HEAD}\n{started}\n")
+    code, out, _ = run("trace", str(path))
+    assert code == 1
+    assert out.splitlines()[1:3] == ["line      2, yamux:session_started", 'expected  {"rules":5}']
+    code, out, _ = run("trace", str(path), "--json")
+    assert (code, json.loads(out)["departure"]["line"]) == (1, 2)
+    path.write_text(f"{TRACE_HEAD}\n")
+    code, out, _ = run("trace", str(path))
+    assert (code, out) == (
+        0,
+        "same to the end: 0 records, 0 streams, 0 frames in, 0 out; the trace does not reach the end\n",
+    )
+    assert json.loads(run("trace", str(path), "--json")[1])["departure"] is None
 
 
 def test_id_makes_the_key_once(own_folders):

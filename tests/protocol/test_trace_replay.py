@@ -87,6 +87,8 @@ def busy(seed, *, node_bytes=None, steps=400):
                 stream.send(message)
         elif action == 4:
             stream.want(rng.choice((0, 100_000)))
+            if rng.random() < 0.3:
+                stream.wanted = 0
         elif action in (5, 6):
             taken = stream.take(rng.choice((1, 1000, 1 << 20)))
             if rng.random() < 0.1:
@@ -299,6 +301,8 @@ def _line(name, **data):
         (_line("frames_sent", room=True), "room"),
         (_line("nonsense", stream=1), "stream 1 was never opened"),
         (_line("ping_sent", opaque=1, now="x"), "now: a number"),
+        (_line("ping_sent", opaque=1, now=10**400), "now: a number"),
+        (_line("ping_sent", opaque=1, rtt=float("nan")), "rtt: a number"),
         (_line("ping_sent", opaque=1, granted=5), "granted: a list"),
         ("nonsense", "not JSON"),
     ],
