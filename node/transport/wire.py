@@ -39,6 +39,9 @@ MISSED_PINGS: Final = 2
 """Unanswered keepalives after which the peer is dead; also keepalives without progress on a full link."""
 MIN_PROGRESS: Final = 4096
 """Bytes a full link must take between two keepalives, or the peer is only holding our buffers."""
+EARLY_STREAMS: Final = 8
+"""Streams opened before the peer has said anything on one. js-libp2p takes 10 before its own upgrade is over, and
+breaks the connection at the next."""
 LINGER_S: Final = 10.0
 """How long a closed stream waits for the peer's end before it is reset."""
 CLOSE_GRACE_S: Final = 1.0
@@ -109,6 +112,7 @@ class Wire(asyncio.BufferedProtocol):
         self._paused = False
         self._lost = asyncio.get_running_loop().create_future()
         self._openers: set[asyncio.Future[None]] = set()
+        self._early = 0  # streams opened before the peer's first words, -1 after them
         self._lingering: dict[int, tuple[MuxStream, float]] = {}
         self._handshake_timeout_s = handshake_timeout_s
         self._timer: asyncio.TimerHandle | None = None
@@ -308,7 +312,8 @@ class Wire(asyncio.BufferedProtocol):
             self.raise_if_closed()
             if not self.is_open:
                 raise ConnectionClosed(f"the connection to {self.address} is closing")
-            if self._session.unacked < MAX_UNACKED:
+            if self._room() > 0:
+                self._early += self._early >= 0
                 self.used_at = self._clock.now()
                 return MuxedStream(self, self._session.open())
             waiter = asyncio.get_running_loop().create_future()
@@ -345,14 +350,21 @@ class Wire(asyncio.BufferedProtocol):
         _wake(self.writers.pop(stream_id, None))
 
     def _wake_openers(self) -> None:
-        room = MAX_UNACKED - self._session.unacked
-        for waiter in tuple(self._openers)[:room] if self._openers else ():
+        for waiter in tuple(self._openers)[: self._room()] if self._openers else ():
             _wake(waiter)
+
+    def _room(self) -> int:
+        """How many streams may be opened now."""
+        room = MAX_UNACKED - self._session.unacked
+        return max(0, min(room, EARLY_STREAMS - self._early) if self._early >= 0 else room)
 
     # -- events --
 
     def _dispatch(self, event: Event) -> None:
         if isinstance(event, Readable):
+            if self._early >= 0:
+                self._early = -1
+                self._wake_openers()
             mux = event.stream
             if mux.reset_by is not None:
                 self._wake_stream(mux.id)
