@@ -23,6 +23,8 @@ from ..protocol.multiaddr import Multiaddr
 from ..protocol.pace import Buckets
 from .limits import CONNECTION_MEMORY, AllowList, HostLimits, origin
 
+BLAME: Final = 8
+"""Accepted connections that one cut for breaking the rules counts as."""
 _FLEETING: Final = (TRANSIENT, ALLOWED_TRANSIENT)
 _INBOUND: Final = {Resource.CONNECTIONS: 1, Resource.CONNECTIONS_IN: 1, Resource.MEMORY: CONNECTION_MEMORY}
 _OUTBOUND: Final = {Resource.CONNECTIONS: 1, Resource.CONNECTIONS_OUT: 1, Resource.MEMORY: CONNECTION_MEMORY}
@@ -48,8 +50,8 @@ class Gate:
         self._allow = allow
         self._now = now
         self._rates = {
-            Kind.ADDRESS: Buckets(rate=limits.accepts_per_ip, burst=4 * limits.connections_per_ip),
-            Kind.SUBNET: Buckets(rate=limits.accepts_per_subnet, burst=4 * limits.connections_per_subnet),
+            Kind.ADDRESS: Buckets(rate=limits.accepts_per_ip, burst=limits.connections_per_ip),
+            Kind.SUBNET: Buckets(rate=limits.accepts_per_subnet, burst=limits.connections_per_subnet),
         }
 
     def admit(self, address: Multiaddr) -> Ticket:
@@ -61,8 +63,7 @@ class Gate:
         where = origin(address, limit_loopback=self._limits.limit_loopback)
         subnet = where[-1] if where else None
         try:
-            self._check_rates(where)
-            return Ticket(self._limiter.reserve((SYSTEM, *where, TRANSIENT), _INBOUND), subnet)
+            return Ticket(self._reserve(where), subnet)
         except OverLimit as exc:
             if self._allow.has_address(address):
                 return Ticket(self._limiter.reserve((ALLOWED, ALLOWED_TRANSIENT), _INBOUND), subnet)
@@ -70,13 +71,21 @@ class Gate:
                 raise
             return Ticket(self._limiter.reserve((ALLOWED_TRANSIENT,), _INBOUND), subnet, exc)
 
-    def _check_rates(self, where: tuple[Scope, ...]) -> None:
-        """Handshakes cost, however short the connections are."""
+    def _reserve(self, where: tuple[Scope, ...]) -> Reservation:
+        """Room for a stranger, unless its source has had too many lately: handshakes cost, however short."""
+        room = self._limiter.reserve((SYSTEM, *where, TRANSIENT), _INBOUND)
         now = self._now()
         for scope in where:
             buckets = self._rates[scope.kind]
             if not buckets.take(scope.key, now):
+                room.release()
                 raise OverLimit(scope, "rate", buckets.rate)
+        return room
+
+    def blame(self, address: Multiaddr) -> None:
+        """A connection from there was cut for what it did: it counts as several."""
+        for scope in origin(address, limit_loopback=self._limits.limit_loopback):
+            self._rates[scope.kind].charge(scope.key, BLAME, self._now())
 
     def subnet(self, address: Multiaddr) -> Scope | None:
         """The group of an address; None for loopback."""

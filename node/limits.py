@@ -45,11 +45,11 @@ class HostLimits:
     """Accepted connections from one IPv4 address or IPv6 /56; loopback is exempt."""
     connections_per_subnet: int = 128
     """Accepted connections from one IPv4 /24 or IPv6 /48; loopback is exempt."""
-    accepts_per_ip: float = 8.0
-    """Connections accepted from one address a second, after four times as many as may be open; loopback is exempt."""
-    accepts_per_subnet: float = 32.0
+    accepts_per_ip: float = 2.0
+    """Connections accepted from one address a second, after as many at once as may be open; loopback is exempt."""
+    accepts_per_subnet: float = 16.0
     """The same from one subnet."""
-    connections_per_peer: int = 8
+    connections_per_peer: int = 16
     """Connections with one proven identity, both ways."""
     handshakes: int = 128
     """Accepted connections that have not proven an identity yet."""

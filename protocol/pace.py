@@ -74,12 +74,18 @@ class Buckets:
 
     def take(self, key: Hashable, now: float) -> bool:
         """Whether one more event is allowed now; if so, it is counted."""
-        level, at = self._levels.get(key, (0.0, now))
-        level = max(0.0, level - self.rate * (now - at))
-        if level + 1 > self._burst:
+        if self._level(key, now) + 1 > self._burst:
             return False
-        self._levels[key] = (level + 1, now)
+        self.charge(key, 1, now)
+        return True
+
+    def charge(self, key: Hashable, amount: float, now: float) -> None:
+        """Count this much, allowed or not; at most twice the burst is ever owed."""
+        self._levels[key] = (min(self._level(key, now) + amount, 2 * self._burst), now)
         self._levels.move_to_end(key)
         if len(self._levels) > MAX_BUCKETS:
             self._levels.popitem(last=False)
-        return True
+
+    def _level(self, key: Hashable, now: float) -> float:
+        level, at = self._levels.get(key, (0.0, now))
+        return max(0.0, level - self.rate * (now - at))

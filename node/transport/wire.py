@@ -375,8 +375,10 @@ class Wire(asyncio.BufferedProtocol):
             if self._openers:
                 self._wake_openers()
         elif isinstance(event, Opened):
-            self.used_at = self._session.now
-            self._events.stream(MuxedStream(self, event.stream))
+            self._pace_due = 0  # streams cost more than their bytes
+            if event.stream.reset_by is None:  # else it was over before we looked
+                self.used_at = self._session.now
+                self._events.stream(MuxedStream(self, event.stream))
         elif isinstance(event, Pong):
             self._ponged(event.opaque)
         elif isinstance(event, WentAway):
@@ -449,6 +451,7 @@ class Wire(asyncio.BufferedProtocol):
     def _break(self, exc: RemoteProtocolError) -> None:
         """The peer broke the protocol: tell it, and hang up."""
         logger.info("%s: protocol error from the peer: %s", self.address, exc)
+        self.cut_for = self.cut_for or "protocol-error"
         self._connection.go_away(GoAway.PROTOCOL_ERROR)
         self._hang_up(str(exc))
 

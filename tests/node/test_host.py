@@ -184,8 +184,9 @@ async def test_strangers_who_do_not_prove_themselves_are_cut(clock):
     async with hosts("memory", 1, network=world, limits=HostLimits(handshakes=2)) as (one,):
         mute = world.transport()
         lost = []
-        for _ in range(3):
-            await mute.dial(one.listen_addrs[0], lambda address: _Lossy(lost))
+        async with asyncio.TaskGroup() as group:
+            for _ in range(3):
+                group.create_task(mute.dial(one.listen_addrs[0], lambda address: _Lossy(lost)))
         await asyncio.sleep(1)
         assert one.refused == {"transient-connections-in": 1}
         assert len(lost) == 1
