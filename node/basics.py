@@ -42,7 +42,7 @@ class Basics:
         self._tasks = tasks
         self.listeners: list[Callable[[PeerId], None]] = []
         """Who hears when a peer has identified itself."""
-        self._wires: set[Wire] = set()
+        self._wires: dict[Wire, None] = {}
         self._observed: dict[Wire, Multiaddr] = {}
         self._push_due = False
         self._pushing = False
@@ -58,13 +58,13 @@ class Basics:
 
     def connected(self, wire: Wire) -> None:
         """A connection opened: ask who it is."""
-        self._wires.add(wire)
+        self._wires[wire] = None
         if self._tasks.has_room:
             self._tasks.start(self._ask(wire), f"identify {wire.remote.short}")
 
     def disconnected(self, wire: Wire) -> None:
         """A connection is gone."""
-        self._wires.discard(wire)
+        self._wires.pop(wire, None)
         self._observed.pop(wire, None)
         if self._verified_at:
             self._verified_at = {peer: at for peer, at in self._verified_at.items() if self._host.is_connected(peer)}

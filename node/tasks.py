@@ -31,7 +31,7 @@ class Supervisor:
         self.crashes = 0
         """Tasks that ended with an exception so far."""
         self._max_tasks = max_tasks
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: dict[asyncio.Task[None], None] = {}  # in order of start, so that ends repeat, too
         self._open = False
 
     async def __aenter__(self) -> Supervisor:
@@ -68,11 +68,14 @@ class Supervisor:
             state = "full" if self._open else "not open"
             raise LocalProtocolError(f"cannot start {name!r}: supervisor {self.name!r} is {state}")
         task = asyncio.get_running_loop().create_task(self._guard(work, name, on_crash), name=f"{self.name}:{name}")
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._tasks[task] = None
+        task.add_done_callback(self._forget)
         # a task cancelled before its first step would leave `work` un-awaited
         task.add_done_callback(lambda _: work.close())
         return task
+
+    def _forget(self, task: asyncio.Task[None]) -> None:
+        self._tasks.pop(task, None)
 
     async def _guard(
         self, work: Coroutine[Any, Any, None], name: str, on_crash: Callable[[Exception], None] | None
