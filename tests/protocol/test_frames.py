@@ -147,3 +147,45 @@ def test_mutated_frames_are_an_error_or_a_message():
             TO_SERVER.parse(unpack_header(bytes(body)))
         except RemoteProtocolError:
             continue
+
+
+@pytest.mark.parametrize(
+    ("body", "header"),
+    [
+        (b"\x81\x01\xcd\x00\x07", {1: 7}),  # an integer longer than need be
+        (b"\xdf\x00\x00\x00\x01\x01\x07", {1: 7}),  # and a map
+        (b"\x82\x01\x07\x01\x08", {1: 8}),  # the last of equal keys
+        (b"\x81\x01\xa1a", {1: "a"}),
+        (b"\x81\x01\xc4\x01a", {1: b"a"}),
+        (b"\x81\xff\xca\x3f\x80\x00\x00", {-1: 1.0}),
+    ],
+)
+def test_every_encoding_of_a_value_is_read(body, header):
+    found = unpack_header(body)
+    assert found == header
+    assert [type(value) for value in found.values()] == [type(value) for value in header.values()]
+
+
+@pytest.mark.parametrize(
+    "body", [b"\x81\x01\xa1\xc3", b"\x81\x01\xa3\xed\xa0\x80", b"\x81\xc3\x01", b"\x81\x01\x01\x00"]
+)
+def test_text_that_is_no_utf8_keys_that_are_no_integers_and_bytes_behind(body):
+    with pytest.raises(RemoteProtocolError):
+        unpack_header(body)
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({3: True}, "retry_after_s"),
+        ({3: float("nan")}, "retry_after_s"),
+        ({3: -0.1}, "retry_after_s"),
+        ({2: b"full"}, "reason"),
+        ({1: 1.0}, "code"),
+    ],
+)
+def test_types_are_never_taken_for_one_another(changes, fault):
+    header = messages.Refused(code=1, reason="full", retry_after_s=2).to_header()
+    assert TO_CLIENT.parse(header) == messages.Refused(code=1, reason="full", retry_after_s=2)
+    with pytest.raises(RemoteProtocolError, match=rf"Refused\.{fault} must be"):
+        TO_CLIENT.parse(header | changes)
