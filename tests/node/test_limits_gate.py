@@ -1,6 +1,8 @@
 """Who may come in: limits by source and identity exact at their bounds, trusted peers, descriptors."""
 
 import logging
+import re
+from pathlib import Path
 
 import pytest
 from helpers.hosts import key
@@ -10,6 +12,7 @@ from swarmnode.protocol.errors import ConfigError
 from swarmnode.protocol.limits import ALLOWED, SYSTEM, TRANSIENT, Limiter, OverLimit, Resource
 from swarmnode.protocol.multiaddr import Multiaddr
 
+ROOT = Path(__file__).parents[2]
 IN, ALL = Resource.CONNECTIONS_IN, Resource.CONNECTIONS
 
 
@@ -221,3 +224,14 @@ def test_limits_that_make_no_sense_are_named():
     with pytest.raises(ConfigError, match=r"HostLimits.low_water is 800"):
         HostLimits(low_water=800)
     HostLimits(allowed_connections=0, allowed_handshakes=0, grace_s=0, handshake_grace_s=0)
+
+
+def test_every_reason_is_documented():
+    page = (ROOT / "docs/spec/transport.md").read_text()
+    documented = set(re.findall(r"`([a-z-]+)`", page.partition("### Reasons")[2].partition("### ")[0]))
+    scopes = {f"{kind}-{resource}" for kind, limits in Rules(HostLimits())._table.items() for resource in limits}
+    code = "".join((ROOT / "node" / name).read_text() for name in ("wires.py", "handlers.py", "transport/wire.py"))
+    cuts = set(re.findall(r'cut_for = (?:self.cut_for or )?"([a-z-]+)"|_refuse\(stream, "([a-z-]+)"', code))
+    named = {name for pair in cuts for name in pair if name}
+    assert len(named) >= 7
+    assert named | scopes | {"address-rate", "subnet-rate", "tasks-full", "protocol-peer-streams-in"} == documented
