@@ -54,6 +54,8 @@ class Connection:
         early_muxer: bool = True,
     ) -> None:
         self.phase = Phase.SECURITY
+        self.is_open = False
+        """The peer is authenticated and streams can be used: the phase is OPEN."""
         self.initiator = initiator
         self.early_muxer = False
         """The muxer was agreed inside the Noise handshake."""
@@ -79,11 +81,6 @@ class Connection:
             self._negotiation = multistream.Responder(lambda name: name == noise.PROTOCOL)
 
     @property
-    def is_open(self) -> bool:
-        """The peer is authenticated and streams can be used."""
-        return self.phase is Phase.OPEN
-
-    @property
     def remote(self) -> PeerId:
         """The authenticated peer. Raises LocalProtocolError before the handshake has proven it."""
         key = self._handshake.remote_key
@@ -101,7 +98,7 @@ class Connection:
         """`size` bytes were put into the buffer. Raises RemoteProtocolError."""
         reader, opener = self._reader, self._opener
         reader.commit(size)
-        if self.phase is not Phase.OPEN or opener is None:
+        if not self.is_open or opener is None:
             return self._received_early()
         events: list[yamux.Event] = []
         while (message := reader.next_frame()) is not None:
@@ -165,7 +162,7 @@ class Connection:
     def _choose_muxer(self) -> None:
         if self._handshake.muxer() is not None:
             self.early_muxer = True
-            self.phase = Phase.OPEN
+            self._enter_open()
             return
         self.phase = Phase.MUXER
         if self.initiator:
@@ -183,15 +180,19 @@ class Connection:
             return b""
         if self._negotiation.protocol is None:
             raise RemoteProtocolError(f"the peer does not speak {yamux.PROTOCOL}")
-        self.phase = Phase.OPEN
+        self._enter_open()
         return self._negotiation.leftover
+
+    def _enter_open(self) -> None:
+        self.phase = Phase.OPEN
+        self.is_open = True
 
     # -- sending --
 
     @property
     def has_output(self) -> bool:
         """pull() may produce something."""
-        return bool(self._out) or (self.phase is Phase.OPEN and self.session.has_output)
+        return bool(self._out) or (self.is_open and self.session.has_output)
 
     def pull(self) -> bytes | bytearray | None:
         """The next bytes for the link: handshake output, or one freshly encrypted Noise message; None:
@@ -199,7 +200,7 @@ class Connection:
         if self._out:
             out, self._out = self._out, b""
             return out
-        if self.phase is not Phase.OPEN or not self.session.has_output:
+        if not self.is_open or not self.session.has_output:
             return None
         if not self._scratch:
             self._scratch = memoryview(bytearray(noise.MAX_PLAINTEXT))

@@ -82,35 +82,36 @@ class MuxedStream:
         if self._dialer is not None:
             await self._agree()
         while mux.buffered < n:
-            self._raise_if_reset()
+            if mux.reset_by is not None:
+                self._raise_if_reset()
             if mux.remote_fin:
                 raise asyncio.IncompleteReadError(self._take(mux.buffered), n)
             await self._readable(n)
-        return self._take(n)
+        data = mux.take(n)
+        if mux.announce_due:
+            self._wire.pump_soon()
+        return data
 
     def _take(self, size: int) -> bytes:
         mux = self._mux
         data = mux.take(size)
         if mux.announce_due:
-            self._wire.pump()
+            self._wire.pump_soon()
         return data
 
     async def _readable(self, size: int) -> None:
         """Wait until `size` bytes are buffered, or EOF, or reset."""
         mux, wire = self._mux, self._wire
-        wire.raise_if_closed()
-        if mux.discarding:
-            raise LocalProtocolError(f"{self!r} was closed on this side")
-        if mux.id in wire.readers:
-            raise LocalProtocolError(f"{self!r} is already being read by another task")
+        if wire.error is not None or mux.discarding or mux.id in wire.readers:
+            self._raise_if_unreadable()
         waiter = wire.readers[mux.id] = asyncio.get_running_loop().create_future()
         mux.want(size)
         if mux.announce_due:
-            wire.pump()
+            wire.pump_soon()
         try:
             await waiter
         finally:
-            mux.want(0)
+            mux.wanted = 0
             del wire.readers[mux.id]
 
     def propose(self, protocol: str) -> None:
@@ -229,6 +230,13 @@ class MuxedStream:
     def _raise_if_reset(self) -> None:
         if self._mux.reset_by is not None:
             raise StreamReset(f"stream to {self.remote.short} ({self.protocol}): {self._mux.reset_by}")
+
+    def _raise_if_unreadable(self) -> None:
+        self._wire.raise_if_closed()
+        if self._mux.discarding:
+            raise LocalProtocolError(f"{self!r} was closed on this side")
+        if self._mux.id in self._wire.readers:
+            raise LocalProtocolError(f"{self!r} is already being read by another task")
 
     def _raise_if_unwritable(self) -> None:
         self._wire.raise_if_closed()

@@ -110,8 +110,10 @@ class Wire(asyncio.BufferedProtocol):
         self._transport: asyncio.Transport | None = None
         self._descriptor = -1  # of the socket, when frames can be written to it directly
         self._paused = False
-        self._lost = asyncio.get_running_loop().create_future()
-        self._openers: set[asyncio.Future[None]] = set()
+        self._loop = asyncio.get_running_loop()
+        self._pump_due = False
+        self._lost = self._loop.create_future()
+        self._openers: dict[asyncio.Future[None], None] = {}
         self._early = 0  # streams opened before the peer's first words, -1 after them
         self._lingering: dict[int, tuple[MuxStream, float]] = {}
         self._handshake_timeout_s = handshake_timeout_s
@@ -202,9 +204,10 @@ class Wire(asyncio.BufferedProtocol):
             return
         self.bytes_in += nbytes
         self._session.now = self._clock.now()
-        was_open = self._connection.is_open
+        connection = self._connection
+        was_open = connection.is_open
         try:
-            events = self._connection.received(nbytes)
+            events = connection.received(nbytes)
             if self.bytes_in >= self._pace_due:
                 self._pace_due = self.bytes_in + PACE_BYTES
                 self._pace.check(self._session.tally, self._session.now)
@@ -215,11 +218,11 @@ class Wire(asyncio.BufferedProtocol):
         except RemoteProtocolError as exc:
             self._break(exc)
             return
-        if not was_open and self._connection.is_open:
+        if not was_open and connection.is_open:
             self._handshake_done()
         for event in events:
             self._dispatch(event)
-        if self._connection.has_output:
+        if connection.has_output:
             self.pump()
 
     def eof_received(self) -> bool:
@@ -262,6 +265,16 @@ class Wire(asyncio.BufferedProtocol):
             self._send(transport, frame)
         if self._session.drained:
             self._wake_drained()
+
+    def pump_soon(self) -> None:
+        """pump() at the end of this turn of the loop: credit to give back rides with the answer, if there is one."""
+        if not self._pump_due:
+            self._pump_due = True
+            self._loop.call_soon(self._pump_late)
+
+    def _pump_late(self) -> None:
+        self._pump_due = False
+        self.pump()
 
     def send_now(self, mux: MuxStream, parts: tuple[Part, ...]) -> bool:
         """Send a message at once if it fits one frame and nothing waits to go before it."""
@@ -317,11 +330,11 @@ class Wire(asyncio.BufferedProtocol):
                 self.used_at = self._clock.now()
                 return MuxedStream(self, self._session.open())
             waiter = asyncio.get_running_loop().create_future()
-            self._openers.add(waiter)
+            self._openers[waiter] = None
             try:
                 await waiter
             finally:
-                self._openers.discard(waiter)
+                self._openers.pop(waiter, None)
 
     def reset(self, mux: MuxStream, reason: str) -> None:
         """Tear one stream down."""
@@ -370,7 +383,9 @@ class Wire(asyncio.BufferedProtocol):
                 self._wake_stream(mux.id)
                 self._wake_openers()
             elif mux.buffered >= mux.wanted or mux.remote_fin:
-                _wake(self.readers.get(mux.id))
+                waiter = self.readers.get(mux.id)
+                if waiter is not None and not waiter.done():
+                    waiter.set_result(None)
         elif isinstance(event, Writable):
             if self._openers:
                 self._wake_openers()
