@@ -34,7 +34,6 @@ class MuxStream:
 
     __slots__ = (
         "_chunks",
-        "_consumed",
         "_epoch",
         "_head",
         "_outgoing",
@@ -81,7 +80,6 @@ class MuxStream:
         """The peer will send nothing more."""
         self.discarding = False
         """Nobody will read any more: arriving bytes are dropped and their credit is not given back."""
-        self._consumed = 0
         self._epoch = session.now
         # sending
         self._outgoing: deque[memoryview] = deque()
@@ -121,7 +119,6 @@ class MuxStream:
                 raise LocalProtocolError(f"cannot read {max_bytes} bytes: ask for none or more")
             return b""
         self.buffered -= size
-        self._consumed += size
         first = self._chunks[0]
         end = self._head + size
         if end > len(first):
@@ -197,11 +194,12 @@ class MuxStream:
         return max(0, self.window - self.recv_credit - max(0, self.buffered - self.wanted))
 
     def tune(self, now: float, rtt_s: float) -> bool:
-        """Whether a whole window was consumed in under two round trips, so that the window is what limits."""
-        if self._consumed < self.window:
-            return False
+        """Whether the window may be what limits: credit for half of it is due again within two round trips.
+
+        A whole window in two round trips would be too much to ask: credit goes out in halves, so a sender
+        that is held up by it moves one to two halves a round trip, and might stay there for ever.
+        """
         fast = now - self._epoch < 2 * rtt_s
-        self._consumed = 0
         self._epoch = now
         return fast
 
