@@ -11,6 +11,7 @@ from helpers.virtual import EPOCH, LoopClock
 from swarmnode.node import discovery as module
 from swarmnode.node.clock import Clock
 from swarmnode.node.discovery import Discovery
+from swarmnode.node.limits import HostLimits
 from swarmnode.node.tasks import Supervisor
 from swarmnode.node.transport.base import ProtocolUnsupported
 from swarmnode.node.transport.memory import MemoryNetwork
@@ -460,3 +461,22 @@ async def test_a_silent_asker_is_dropped():
         assert node._serving == 1
         await asyncio.sleep(module.SERVE_IDLE_S + 1)
         assert node._serving == 0
+
+
+@pytest.mark.virtual
+async def test_peers_of_the_table_stay_connected_when_idle_connections_are_closed():
+    limits = HostLimits(high_water=3, low_water=1, grace_s=1.0)
+    async with world(latency_s=0.01) as w:
+        door = await w.node(limits=limits)
+        for _ in range(2):
+            await w.node(door)
+        await asyncio.sleep(600)  # long after anything was asked on their connections
+        table = {contact.peer for contact in door.dht.table}
+        assert set(door._host.peers()) == table
+        strangers = [await w.host() for _ in range(2)]
+        for stranger in strangers:
+            await asyncio.sleep(60)
+            await stranger.connect(None, [address(door)])
+        await asyncio.sleep(0.5)
+        assert door._host.refused == {"trimmed": 1}
+        assert set(door._host.peers()) == table | {strangers[1].peer_id}
