@@ -41,7 +41,6 @@ from .tasks import Supervisor
 from .transport.base import Listener, ProtocolUnsupported, Stream, Transport
 from .transport.stream import MuxedStream
 from .transport.tcp import TcpTransport, expand
-from .transport.trace import TraceFolder
 from .transport.wire import Wire
 from .wires import PeerCallback, Wires
 
@@ -145,8 +144,10 @@ class Host:
         self._wires.on_disconnect.append(self.book.left)
         self._dialer = Dialer(self._wires, self.book, self._tasks, self._transports, self._journal)
         self._basics = Basics(self, self._tasks)
-        self._traces = TraceFolder(trace_dir, self.clock, self.peer_id) if trace_dir is not None else None
-        self._wires.traces = self._traces
+        if trace_dir is not None:
+            from .transport.trace import TraceFolder  # most nodes never trace: they need not hold its code
+
+            self._wires.traces = TraceFolder(trace_dir, self.clock, self.peer_id)
         self._wires.on_open.append(self._journal.opened)
         self._wires.on_close.append(self._journal.closed)
         self._wires.on_open.append(self._basics.connected)
@@ -180,8 +181,8 @@ class Host:
         self._addrs_until = 0.0
         await self._tasks.aclose()
         await self._wires.aclose()
-        if self._traces is not None:
-            await self._traces.aclose()
+        if self._wires.traces is not None:
+            await self._wires.traces.aclose()
 
     async def listen(self, address: Multiaddr) -> Multiaddr:
         """Listen on one more address; returns the one really bound. Raises ConfigError."""

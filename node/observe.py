@@ -64,6 +64,7 @@ def connection_json(info: ConnectionInfo) -> Json:
         "peer_id": str(info.peer),
         "address": str(info.address),
         "relayed": info.relayed,
+        "bulk": info.bulk,
         "direction": _direction(info.outbound),
         "age_s": info.age_s,
         "opened_at": info.opened_at,

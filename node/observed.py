@@ -48,7 +48,7 @@ def _row(row: Json) -> tuple[str, ...]:
     return (
         _cell(row["peer_id"])[-8:],
         _cell(row["address"]),
-        "relayed" if row["relayed"] else "direct",
+        ("relayed" if row["relayed"] else "direct") + (", bulk" if row["bulk"] else ""),
         row["direction"],
         duration(row["age_s"]),
         milliseconds(row["rtt_min_s"]),

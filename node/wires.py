@@ -6,15 +6,13 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Callable, Iterator
-from functools import partial
-from typing import Final, TypeVar, cast
+from typing import TYPE_CHECKING, Final, TypeVar, cast
 
 from ..protocol.connection import Connection
 from ..protocol.ids import PeerId
 from ..protocol.limits import Kind, OverLimit, Resource, Scope, WindowBudget
 from ..protocol.multiaddr import Multiaddr
 from ..protocol.noise import StaticKey
-from ..protocol.recorder import RecordingConnection
 from ..protocol.yamux import WINDOW_BUDGET
 from .clock import Clock
 from .gate import Gate, Ticket
@@ -22,7 +20,6 @@ from .limits import HostLimits
 from .transport.base import ConnectionClosed
 from .transport.life import Life
 from .transport.stream import MuxedStream
-from .transport.trace import TraceFolder
 from .transport.wire import Wire, WireEvents
 from .trim import Candidate, Stranger, Trimmer, giving_way, idle
 
@@ -33,6 +30,9 @@ FIRST_FLIGHT: Final = 64
 
 BLAMED: Final = frozenset(("chores", "protocol-error", "stalled"))
 """Whoever is cut for one of these waits before it may come again."""
+
+if TYPE_CHECKING:
+    from .transport.trace import TraceFolder
 
 PeerCallback = Callable[[PeerId], None]
 T = TypeVar("T")
@@ -179,7 +179,7 @@ class Wires:
     def _make(self, address: Multiaddr, *, outbound: bool, expected: PeerId | None, ticket: Ticket | None) -> Wire:
         budget = WindowBudget(ticket.reservation, WINDOW_BUDGET) if ticket is not None else None
         trace = self.traces.begin(address, outbound=outbound) if self.traces is not None else None
-        kind = Connection if trace is None else partial(RecordingConnection, emit=trace.emit)
+        kind = Connection if trace is None else trace.connection
         wire = Wire(
             kind(self._static, initiator=outbound, expected=expected, node_budget=budget),
             address=address,

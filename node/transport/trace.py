@@ -18,6 +18,8 @@ from typing import Any, Final
 
 from ...protocol.errors import ConfigError
 from ...protocol.ids import PeerId
+from ...protocol.noise import StaticKey
+from ...protocol.recorder import RecordingConnection
 from ...protocol.trace import TraceEvent, clean, encode, header
 from ..clock import Clock
 
@@ -67,6 +69,10 @@ class Trace:
     def emit(self, name: str, data: dict[str, Any]) -> None:
         """Add an event of now."""
         self.event(TraceEvent(self._folder.clock.now(), name, data))
+
+    def connection(self, static: StaticKey, **options: Any) -> RecordingConnection:
+        """A connection that records itself here."""
+        return RecordingConnection(static, emit=self.emit, **options)
 
     def authenticated(self, peer: str) -> None:
         """The peer has proven its identity: the trace is worth its place among those of peers."""

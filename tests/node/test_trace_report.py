@@ -104,6 +104,8 @@ async def test_what_is_shown():
         assert lines[8] == "dialed in vain"
         assert lines[10].startswith("/memory/999")
         many = report_with_rates(host)
+        many["connections"][0]["bulk"] = True
+        assert "direct, bulk" in shown(many).splitlines()[2]
         many["ended"] *= 3 * MAX_SHOWN
         many["dial_failures"] *= 3 * MAX_SHOWN
         assert len(shown(many).splitlines()) == 4 + 3 + 3 + 2 * MAX_SHOWN - 1
