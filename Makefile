@@ -29,7 +29,7 @@ demo: install
 	$(BIN)/python docs/examples/demo.py
 
 test: install
-	$(BIN)/pytest -m "not slow and not interop_py and not gpu"
+	$(BIN)/pytest -m "not slow and not gpu"
 
 test-all: install
 	$(BIN)/pytest -m "not gpu"

@@ -22,14 +22,13 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from helpers import js_peer  # noqa: E402
+from helpers.echo import ECHO, answer_echo  # noqa: E402
 from swarmnode.node.allocator import keep_freed_memory  # noqa: E402
 from swarmnode.node.host import Host  # noqa: E402
 from swarmnode.protocol.ids import PrivateKey  # noqa: E402
 from swarmnode.protocol.multiaddr import Multiaddr  # noqa: E402
 
-ECHO = js_peer.ECHO
 REPEATS = 5
-JS_BUILD = ROOT.parent / "build" / "interop_js"
 LOOPS = ("uvloop", "asyncio")
 
 
@@ -45,22 +44,10 @@ def run(main, loop):
         return runner.run(main)
 
 
-async def answer(stream):
-    """The echo protocol's listener: kind 0 comes back, 1 is swallowed, 2 is acknowledged."""
-    while True:
-        header = await stream.read_exactly(5)
-        size = int.from_bytes(header[1:], "big")
-        payload = await stream.read_exactly(size)
-        if header[0] == 0:
-            await stream.write(header, payload)
-        elif header[0] == 2:
-            await stream.write(bytes(5))
-
-
 async def serve():
     """A listening process: prints its address and answers until it is killed."""
     async with Host(PrivateKey.generate(), listen=[Multiaddr.parse("/ip4/127.0.0.1/tcp/0")]) as host:
-        host.handle(ECHO, answer)
+        host.handle(ECHO, answer_echo)
         print(host.listen_addrs[0], flush=True)
         await asyncio.Event().wait()
 
@@ -137,7 +124,7 @@ def rows(*, quick=False, js=True, repeats=REPEATS):
     """[(figure, {stack: value})]: `uvloop`, `asyncio` and, where npm is, `js-libp2p`."""
     stacks = {loop: lambda loop=loop: _ours(loop, quick) for loop in LOOPS}
     if js and js_peer.npm():
-        folder = js_peer.install(JS_BUILD)
+        folder = js_peer.install()
         stacks["js-libp2p"] = lambda: asyncio.run(_js(folder))
     runs = {name: [] for name in stacks}
     for _ in range(1 if quick else repeats):

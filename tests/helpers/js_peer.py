@@ -7,12 +7,16 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from filelock import FileLock
 from helpers.outside import ECHO, outside_peer
 
-__all__ = ["ECHO", "install", "js_peer", "npm"]
+__all__ = ["BUILD", "ECHO", "install", "js_peer", "npm"]
 
 SOURCE = Path(__file__).parent.parent / "interop" / "js"
-FILES = ("package.json", "package-lock.json", "polyfill.mjs", "node.mjs")
+BUILD = Path(__file__).parent.parent.parent / "build" / "interop_js"
+"""Where the repository keeps what is installed."""
+PINS = ("package.json", "package-lock.json")
+SCRIPTS = ("polyfill.mjs", "node.mjs")
 INSTALL_PATIENCE_S = 300
 
 
@@ -21,22 +25,22 @@ def npm() -> str | None:
     return shutil.which("npm")
 
 
-def install(cache: Path) -> Path:
-    """A folder with the peer ready to run; made anew when one of its files changes."""
-    digest = hashlib.sha256(b"".join((SOURCE / name).read_bytes() for name in FILES)).hexdigest()[:16]
-    folder = cache / digest
-    ready = folder / "ready"
-    if not ready.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in FILES:
+def install(cache: Path = BUILD) -> Path:
+    """A folder with the peer ready to run; made anew when the pinned set changes. Raises RuntimeError."""
+    digest = hashlib.sha256(b"".join((SOURCE / name).read_bytes() for name in PINS)).hexdigest()[:16]
+    folder = cache.absolute() / digest
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        for name in (*PINS, *SCRIPTS):
             shutil.copy(SOURCE / name, folder / name)
-        command = [npm() or "npm", "ci", "--no-audit", "--no-fund", "--loglevel=error", "--ignore-scripts"]
-        done = subprocess.run(
-            command, cwd=folder, timeout=INSTALL_PATIENCE_S, capture_output=True, text=True, check=False
-        )
-        if done.returncode:
-            raise RuntimeError(f"npm ci failed in {folder}: {done.stderr}")
-        ready.touch()
+        if not (folder / "ready").exists():
+            command = [npm() or "npm", "ci", "--no-audit", "--no-fund", "--loglevel=error", "--ignore-scripts"]
+            done = subprocess.run(
+                command, cwd=folder, timeout=INSTALL_PATIENCE_S, capture_output=True, text=True, check=False
+            )
+            if done.returncode:
+                raise RuntimeError(f"npm ci failed in {folder}: {done.stderr}")
+            (folder / "ready").touch()
     return folder
 
 

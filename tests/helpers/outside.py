@@ -1,4 +1,4 @@
-"""A process of another libp2p implementation that prints one JSON object per line."""
+"""A process of another libp2p implementation: takes one task per line, prints one JSON object per line."""
 
 import asyncio
 import contextlib
@@ -26,12 +26,18 @@ class OutsidePeer:
             raise RuntimeError("the outside peer ended: " + (await self.process.stderr.read()).decode())
         return json.loads(line)
 
+    async def do(self, task: str) -> dict:
+        """Have it do one of its tasks; what it says when that is done. See tests/interop/js/node.mjs."""
+        self.process.stdin.write(task.encode() + b"\n")
+        await self.process.stdin.drain()
+        return await self.line()
+
 
 @contextlib.asynccontextmanager
 async def outside_peer(command: Sequence[str], *, cwd: Path, env: Mapping[str, str]):
     """Run the command; killed and reaped at exit."""
     process = await asyncio.create_subprocess_exec(
-        *command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, limit=1 << 20
+        *command, cwd=cwd, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, limit=1 << 20
     )
     try:
         yield OutsidePeer(process)

@@ -11,9 +11,11 @@ from pathlib import Path
 from filelock import FileLock
 from helpers.outside import ECHO, outside_peer
 
-__all__ = ["ECHO", "can_install", "install", "py_peer"]
+__all__ = ["BUILD", "ECHO", "can_install", "install", "py_peer"]
 
 SOURCE = Path(__file__).parent.parent / "interop" / "py"
+BUILD = Path(__file__).parent.parent.parent / "build" / "interop_py"
+"""Where the repository keeps what is installed."""
 CONSTRAINTS = SOURCE / "constraints.txt"
 REQUIREMENT = "libp2p==0.8.1"
 INSTALL_PATIENCE_S = 400
@@ -25,8 +27,8 @@ def can_install() -> bool:
     return shutil.which("gcc") is not None and any((folder / "gmp.h").exists() for folder in headers)
 
 
-def install(cache: Path) -> Path:
-    """The venv's Python, ready to run peer.py; made anew when the pinned set changes."""
+def install(cache: Path = BUILD) -> Path:
+    """The venv's Python, ready to run peer.py; made anew when the pinned set changes. Raises RuntimeError."""
     key = CONSTRAINTS.read_bytes() + f"{REQUIREMENT} {sys.version}".encode()
     folder = cache.absolute() / hashlib.sha256(key).hexdigest()[:16]
     python = folder / "bin" / "python"
@@ -47,4 +49,4 @@ def _run(*command: str) -> None:
 
 def py_peer(python: Path, *arguments: str):
     """Run `peer.py` with the arguments under that Python; killed and reaped at exit."""
-    return outside_peer((str(python), str(SOURCE / "peer.py"), *arguments), cwd=SOURCE, env=os.environ)
+    return outside_peer((str(python), str(SOURCE / "peer.py"), *arguments), cwd=SOURCE, env=dict(os.environ))

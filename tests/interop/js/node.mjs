@@ -1,10 +1,20 @@
-// js-libp2p as an interop peer. One JSON object per line on stdout.
-//   node --import ./polyfill.mjs node.mjs listen          listens on a free loopback port: {ready, id, addrs}
-//   node --import ./polyfill.mjs node.mjs dial ADDR WHAT  WHAT: ping | echo BYTES | identify | streams COUNT | bench
-// Echo protocol: u8 kind, u32 length, payload; kind 0 comes back, kind 1 is swallowed, kind 2 is answered by 5 zeros.
-import { randomBytes } from 'node:crypto'
+// js-libp2p as an interop peer. One JSON object per line on stdout, one task per line on stdin.
+//   node --import ./polyfill.mjs node.mjs listen [OPTION…]             a free loopback port: {ready, id, addrs}
+//   node --import ./polyfill.mjs node.mjs dial ADDR [TASK…] [OPTION…]  {connected, encryption, muxer}, then the tasks'
+// Options: --key Ed25519|RSA|secp256k1, --host IP, --hurry MS (keepalives and monitor pings this often).
+// Tasks, with whoever connected last:
+//   connect:ADDR | ping | identify | book | echo:BYTES | streams:COUNT | digest:BYTES | goodbye:BYTES
+//   push:ID | knows:ID | bench
+// Protocols it answers:
+//   echo     u8 kind, u32 length, payload; kind 0 comes back, kind 1 is swallowed, kind 2 is answered by 5 zeros
+//   digest   all until the dialer's end; then the sha256 comes back: the dialer ends its direction first
+//   goodbye  "bye" and our end; then the dialer's bytes, whose number is printed: the listener ends first
+import { createHash, randomBytes } from 'node:crypto'
+import { createInterface } from 'node:readline'
+import { parseArgs } from 'node:util'
 import { noise } from '@chainsafe/libp2p-noise'
 import { yamux } from '@chainsafe/libp2p-yamux'
+import { generateKeyPair } from '@libp2p/crypto/keys'
 import { identify, identifyPush } from '@libp2p/identify'
 import { ping } from '@libp2p/ping'
 import { tcp } from '@libp2p/tcp'
@@ -13,18 +23,54 @@ import { multiaddr } from '@multiformats/multiaddr'
 import { createLibp2p } from 'libp2p'
 
 const ECHO = '/swarmnode/test-echo/1.0.0'
+const DIGEST = '/swarmnode/test-digest/1.0.0'
+const GOODBYE = '/swarmnode/test-goodbye/1.0.0'
+const MANY = { maxInboundStreams: 1024, maxOutboundStreams: 1024 }
 const MAX_BUFFER = 64 << 20
 const HEADER = 5
 const say = value => console.log(JSON.stringify(value))
 
+const { values: options, positionals: [mode, target, ...tasks] } = parseArgs({
+  allowPositionals: true,
+  options: {
+    key: { type: 'string', default: 'Ed25519' },
+    host: { type: 'string', default: '127.0.0.1' },
+    hurry: { type: 'string' }
+  }
+})
+const hurry = options.hurry && Number(options.hurry)
 const node = await createLibp2p({
-  addresses: { listen: process.argv[2] === 'listen' ? ['/ip4/127.0.0.1/tcp/0'] : [] },
+  privateKey: await generateKeyPair(options.key, 2048),
+  addresses: { listen: mode === 'listen' ? [`/ip${options.host.includes(':') ? 6 : 4}/${options.host}/tcp/0`] : [] },
   transports: [tcp()],
   connectionEncrypters: [noise()],
-  streamMuxers: [yamux()],
+  streamMuxers: [yamux(hurry ? { keepAliveInterval: hurry } : {})],
   services: { identify: identify(), identifyPush: identifyPush(), ping: ping() },
+  connectionMonitor: hurry ? { pingInterval: hurry } : {},
   connectionGater: { denyDialMultiaddr: () => false }
 })
+
+let peer // who connected last
+const identified = new Map()
+node.addEventListener('connection:open', event => { peer = event.detail.remotePeer })
+node.addEventListener('peer:identify', event => identified.set(event.detail.peerId.toString(), event.detail))
+
+async function eventually (look) {
+  for (;;) {
+    const found = await look()
+    if (found) return found
+    await new Promise(resolve => setTimeout(resolve, 5))
+  }
+}
+
+async function readAll (bytes) {
+  const parts = []
+  for (;;) {
+    const part = await bytes.read()
+    if (part == null) return Buffer.concat(parts)
+    parts.push(part.subarray())
+  }
+}
 
 await node.handle(ECHO, async stream => {
   const bytes = byteStream(stream, { maxBufferSize: MAX_BUFFER })
@@ -45,7 +91,20 @@ await node.handle(ECHO, async stream => {
   } catch {
     await stream.close().catch(() => {})
   }
-}, { maxInboundStreams: 1024, maxOutboundStreams: 1024 })
+}, MANY)
+
+await node.handle(DIGEST, async stream => {
+  const bytes = byteStream(stream, { maxBufferSize: MAX_BUFFER })
+  await bytes.write(createHash('sha256').update(await readAll(bytes)).digest())
+  await stream.close()
+})
+
+await node.handle(GOODBYE, async stream => {
+  const bytes = byteStream(stream, { maxBufferSize: MAX_BUFFER })
+  await bytes.write(Buffer.from('bye'))
+  await stream.close()
+  say({ received: (await readAll(bytes)).length })
+})
 
 function message (kind, payload) {
   const out = Buffer.alloc(HEADER + payload.length)
@@ -55,8 +114,8 @@ function message (kind, payload) {
   return out
 }
 
-async function open (address) {
-  const stream = await node.dialProtocol(address, ECHO, { maxOutboundStreams: 1024 })
+async function open (protocol) {
+  const stream = await node.dialProtocol(peer, protocol, MANY)
   return { stream, bytes: byteStream(stream, { maxBufferSize: MAX_BUFFER }) }
 }
 
@@ -66,16 +125,32 @@ async function echo (bytes, payload) {
   return Buffer.from((await bytes.read({ bytes: payload.length })).subarray())
 }
 
-async function oneEcho (address, size) {
-  const { stream, bytes } = await open(address)
+async function oneEcho (size) {
+  const { stream, bytes } = await open(ECHO)
   const payload = randomBytes(size)
   const same = Buffer.compare(payload, await echo(bytes, payload)) === 0
   await stream.close()
   return same
 }
 
-async function bench (address) {
-  const { bytes } = await open(address)
+async function digest (size) {
+  const { stream, bytes } = await open(DIGEST)
+  const payload = randomBytes(size)
+  await bytes.write(payload)
+  await stream.close()
+  return Buffer.compare(await readAll(bytes), createHash('sha256').update(payload).digest()) === 0
+}
+
+async function goodbye (size) {
+  const { stream, bytes } = await open(GOODBYE)
+  const heard = (await readAll(bytes)).toString()
+  await bytes.write(randomBytes(size))
+  await stream.close()
+  return heard
+}
+
+async function bench () {
+  const { bytes } = await open(ECHO)
   const out = {}
   for (const [size, count] of [[32, 300], [16384, 500], [1 << 20, 20]]) {
     const payload = randomBytes(size)
@@ -102,36 +177,71 @@ async function bench (address) {
   return out
 }
 
-if (process.argv[2] === 'listen') {
+async function book () {
+  const found = await node.peerStore.get(peer)
+  return {
+    certified: found.addresses.filter(a => a.isCertified).map(a => a.multiaddr.toString()),
+    uncertified: found.addresses.filter(a => !a.isCertified).map(a => a.multiaddr.toString()),
+    protocols: found.protocols,
+    agent: Buffer.from(found.metadata.get('AgentVersion') ?? []).toString()
+  }
+}
+
+// js identifies by itself, one stream at a time: wait for that instead of asking again
+async function whatIdentifySaid () {
+  const found = await eventually(() => identified.get(peer?.toString()))
+  return {
+    id: found.peerId.toString(),
+    agent: found.agentVersion,
+    protocols: found.protocols,
+    addrs: found.listenAddrs.map(a => a.toString()),
+    observed: found.observedAddr?.toString(),
+    certified: found.signedPeerRecord?.addresses.map(a => a.toString())
+  }
+}
+
+async function pings () {
+  const times = []
+  for (let i = 0; i < 3; i++) times.push(await node.services.ping.ping(peer))
+  return times
+}
+
+async function perform (task) {
+  const [what, argument] = [task.split(':', 1)[0], task.slice(task.indexOf(':') + 1)]
+  if (what === 'connect') {
+    peer = (await node.dial(multiaddr(argument))).remotePeer
+    return { connected: argument }
+  }
+  await eventually(() => peer)
+  switch (what) {
+    case 'ping': return { ping: await pings() }
+    case 'identify': return await whatIdentifySaid()
+    case 'book': return await book()
+    case 'echo': return { echo: await oneEcho(Number(argument)) }
+    case 'streams': {
+      const done = await Promise.all(Array.from({ length: Number(argument) }, () => oneEcho(1000)))
+      return { streams: done.every(same => same) }
+    }
+    case 'digest': return { digest: await digest(Number(argument)) }
+    case 'goodbye': return { goodbye: await goodbye(Number(argument)) }
+    case 'push':
+      await node.handle(argument, () => {})
+      return { pushing: argument }
+    case 'knows':
+      await eventually(async () => (await book()).protocols.includes(argument))
+      return { knows: argument }
+    case 'bench': return await bench()
+    default: throw new Error(`no such task: ${task}`)
+  }
+}
+
+if (mode === 'listen') {
   say({ ready: true, id: node.peerId.toString(), addrs: node.getMultiaddrs().map(a => a.toString()) })
 } else {
-  const address = multiaddr(process.argv[3])
-  const [what, argument] = process.argv.slice(4)
-  // js identifies by itself, one stream at a time: wait for that instead of asking again
-  const identified = new Promise(resolve => node.addEventListener('peer:identify', event => resolve(event.detail)))
-  const connection = await node.dial(address)
-  say({ connected: true, encryption: connection.encryption, muxer: connection.multiplexer })
-  if (what === 'ping') {
-    const times = []
-    for (let i = 0; i < 3; i++) times.push(await node.services.ping.ping(address))
-    say({ ping: times })
-  } else if (what === 'echo') {
-    say({ echo: await oneEcho(address, Number(argument)) })
-  } else if (what === 'streams') {
-    const done = await Promise.all(Array.from({ length: Number(argument) }, () => oneEcho(address, 1000)))
-    say({ streams: done.every(same => same) })
-  } else if (what === 'identify') {
-    const found = await identified
-    say({
-      id: found.peerId.toString(),
-      agent: found.agentVersion,
-      protocols: found.protocols,
-      addrs: found.listenAddrs.map(a => a.toString()),
-      observed: found.observedAddr?.toString()
-    })
-  } else if (what === 'bench') {
-    say(await bench(address))
-  }
-  await node.stop()
+  const connection = await node.dial(multiaddr(target))
+  say({ connected: true, id: node.peerId.toString(), encryption: connection.encryption, muxer: connection.multiplexer })
+  for (const task of tasks) say(await perform(task))
 }
 process.on('SIGTERM', () => process.exit(0))
+for await (const line of createInterface({ input: process.stdin })) say(await perform(line))
+await node.stop()
