@@ -25,8 +25,8 @@ from .trim import Candidate, Stranger, Trimmer, giving_way, idle
 
 SILENT_GRACE_S: Final = 0.1
 """A stranger's first bytes come right behind its connection; one without them soon gives way to a newcomer."""
-FIRST_FLIGHT: Final = 64
-"""Bytes in every dialer's first flight: two multistream messages and Noise's first, or at least the former."""
+FIRST_FLIGHT: Final = 28
+"""Bytes that every dialer sends at once: multistream's header and its proposal of /noise."""
 
 BLAMED: Final = frozenset(("chores", "protocol-error", "stalled"))
 """Whoever is cut for one of these waits before it may come again."""

@@ -8,6 +8,7 @@ from helpers.attackers import PING, attack, data, opening, window
 from helpers.hosts import at_rest, hosts, key, memory_host
 from swarmnode.node.host import HostLimits
 from swarmnode.node.transport.memory import MemoryNetwork
+from swarmnode.node.wires import FIRST_FLIGHT
 from swarmnode.protocol import ping
 from swarmnode.protocol.limits import SYSTEM, OverLimit, Resource
 from swarmnode.protocol.yamux import MAX_INBOUND
@@ -85,6 +86,20 @@ async def test_a_slow_handshake_gives_way_to_an_honest_one():
         assert host.refused["gave-way"] >= 1
         await asyncio.sleep(host.limits.handshake_timeout_s)
         assert all(peer.is_cut for peer in silent)
+        await assert_unharmed(host, honest)
+
+
+async def test_silent_strangers_give_way_before_those_who_have_begun():
+    world = network()
+    async with hosts("memory", 2, network=world, limits=HostLimits(handshakes=2)) as (host, honest):
+        host.handle(ECHO, echo)
+        begun, silent = [await attack(world, host, 9, speaks=False) for _ in range(2)]
+        begun.link.write(begun.connection.pull()[:FIRST_FLIGHT])
+        await asyncio.sleep(0.2)
+        await works(honest, host)
+        assert (begun.is_cut, silent.is_cut) == (False, True)
+        assert host.refused == {"gave-way": 1}
+        begun.link.abort()
         await assert_unharmed(host, honest)
 
 

@@ -76,3 +76,13 @@ async def test_one_source_cannot_take_the_room_of_others():
         assert sum(peer.is_cut for peer in ones) == 2
         for peer in (*ones, *others):
             peer.link.abort()
+
+
+async def test_whoever_breaks_the_rules_is_let_in_less_often():
+    limits = HostLimits(limit_loopback=True, connections_per_ip=20, accepts_per_ip=0.001)
+    async with tcp_host(1, limits=limits) as host:
+        for _ in range(4):
+            rude = await attack_tcp(host.listen_addrs[0].port, 9, source="127.0.1.1", speaks=False)
+            rude.link.write(b"GET / HTTP/1.1\r\n\r\n" * 100)
+            await rude.lost
+        assert host.refused == {"protocol-error": 3, "address-rate": 1}

@@ -90,6 +90,7 @@ def test_sources_that_connect_again_and_again_are_slowed():
     for _ in range(1):
         entry.admit("9.9.9.2").reservation.release()
     assert entry.refused("9.9.9.3") == "subnet-rate"
+    assert len(entry.limiter) == 0
     entry.now = 1.0
     entry.admit("9.9.9.1").reservation.release()
     assert entry.refused("9.9.9.1") == "address-rate"
