@@ -12,6 +12,7 @@ from ..protocol import multistream
 from ..protocol.errors import RemoteProtocolError
 from ..protocol.ids import PeerId
 from ..protocol.limits import SYSTEM, TRANSIENT, Kind, Limiter, OverLimit, Reservation, Resource, Scope
+from ..protocol.yamux_frames import INITIAL_WINDOW
 from .limits import Rules
 from .tasks import Supervisor
 from .transport import loopback
@@ -25,7 +26,8 @@ MAX_STREAMS_PER_PEER: Final = 256
 NO_ROOM: Final = "tasks-full"
 """Counted when a stream comes while the host closes, or has all the tasks it may."""
 _CHUNK: Final = 1024
-_ONE: Final = {Resource.STREAMS_IN: 1}
+_ONE: Final = {Resource.STREAMS_IN: 1, Resource.MEMORY: INITIAL_WINDOW}
+"""What a stream holds at least: itself, and the bytes that its peer may send without asking."""
 
 Handler = Callable[[Stream], Awaitable[None]]
 

@@ -12,6 +12,7 @@ from ..protocol.errors import ConfigError
 from ..protocol.ids import PeerId
 from ..protocol.limits import Amounts, Kind, Resource, Scope
 from ..protocol.multiaddr import Multiaddr
+from ..protocol.noise import MAX_PLAINTEXT, FrameReader
 from .transport.wire import HANDSHAKE_TIMEOUT_S
 
 logger = logging.getLogger(__name__)
@@ -22,8 +23,8 @@ MIN_CONNECTIONS: Final = 8
 """Fewer than this is no node."""
 MAX_ALLOWED: Final = 1024
 """Entries of the allow-list."""
-CONNECTION_MEMORY: Final = 192 * 1024
-"""What a busy connection's own buffers take: 128 KiB to receive a Noise message, 64 KiB to build one."""
+CONNECTION_MEMORY: Final = FrameReader.MAX_CAPACITY + MAX_PLAINTEXT
+"""What a busy connection's own buffers take, to receive into and to build a Noise message; an idle one's 4 KiB."""
 _MAY_BE_ZERO: Final = frozenset(
     ("allowed_connections", "allowed_handshakes", "handshake_grace_s", "grace_s", "limit_loopback")
 )
@@ -71,10 +72,10 @@ class HostLimits:
     """The same with one peer."""
     streams_out_per_peer: int = 4096
     """Streams that we opened to one peer."""
-    memory: int = 512 * 1024 * 1024
-    """Bytes of connections' buffers and of receive windows beyond the protocol's minimum, over all connections."""
-    memory_per_peer: int = 160 * 1024 * 1024
-    """The same with one peer: two connections' full windows, and the rest."""
+    memory: int = 768 * 1024 * 1024
+    """Bytes of connections' buffers and of the receive windows of streams that peers opened, or that grew."""
+    memory_per_peer: int = 256 * 1024 * 1024
+    """The same with one peer."""
     allowed_connections: int = 64
     """Room beside all of the above for connections with trusted peers."""
     allowed_handshakes: int = 16

@@ -6,7 +6,9 @@ import random
 import pytest
 from helpers.attackers import PING, attack, data, opening, window
 from helpers.hosts import at_rest, hosts, key, memory_host
+from swarmnode.node.basics import IDENTIFY_TIMEOUT_S
 from swarmnode.node.host import HostLimits
+from swarmnode.node.limits import CONNECTION_MEMORY
 from swarmnode.node.transport.memory import MemoryNetwork
 from swarmnode.node.wires import FIRST_FLIGHT
 from swarmnode.protocol import ping
@@ -132,6 +134,20 @@ async def test_a_flood_of_streams_is_cut_to_size():
         assert not flooder.is_cut
         flooder.link.abort()
         await assert_unharmed(host, honest)
+
+
+async def test_streams_are_refused_when_their_windows_have_no_memory():
+    world = network()
+    room = CONNECTION_MEMORY + 3 * INITIAL_WINDOW
+    async with hosts("memory", 1, network=world, limits=HostLimits(memory=room)) as (host,):
+        host.handle("/never", never)
+        greedy = await attack(world, host, 9)
+        await asyncio.sleep(IDENTIFY_TIMEOUT_S + 1)  # our own stream's window has grown
+        for number in range(5):
+            greedy.send(opening(2 * number + 1, "/never"))
+        await asyncio.sleep(1)
+        assert host.refused == {"system-memory": 2}
+        assert host.limiter.used(SYSTEM, Resource.MEMORY) <= room
 
 
 async def test_a_protocol_named_byte_by_byte_must_be_named_in_time():

@@ -7,7 +7,15 @@ from pathlib import Path
 import pytest
 from helpers.hosts import key
 from swarmnode.node.gate import Gate
-from swarmnode.node.limits import DESCRIPTOR_RESERVE, MAX_ALLOWED, MIN_CONNECTIONS, AllowList, HostLimits, Rules
+from swarmnode.node.limits import (
+    CONNECTION_MEMORY,
+    DESCRIPTOR_RESERVE,
+    MAX_ALLOWED,
+    MIN_CONNECTIONS,
+    AllowList,
+    HostLimits,
+    Rules,
+)
 from swarmnode.protocol.errors import ConfigError
 from swarmnode.protocol.limits import ALLOWED, SYSTEM, TRANSIENT, Limiter, OverLimit, Resource
 from swarmnode.protocol.multiaddr import Multiaddr
@@ -137,7 +145,7 @@ def test_one_identity_has_an_exact_number_of_connections_from_wherever():
 
 
 def test_memory_of_buffers_is_a_limit_too():
-    entry = Entry(memory=400 * 1024)
+    entry = Entry(memory=2 * CONNECTION_MEMORY)
     entry.admit("127.0.0.1")
     entry.admit("127.0.0.1")
     assert entry.refused("127.0.0.1") == "system-memory"
