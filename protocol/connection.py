@@ -210,7 +210,9 @@ class Connection:
     def frame_now(self, stream: MuxStream, parts: tuple[Part, ...]) -> bytearray | None:
         """A message as one encrypted frame, at once; None when it has to queue: see Session.frame_now()."""
         plain = self.session.frame_now(stream, parts)
-        return None if plain is None else self._seal(plain)
+        if plain is None or self._sealer is None:
+            return None
+        return self._sealer.seal(plain)
 
     def go_away(self, code: GoAway = GoAway.NORMAL) -> None:
         """Say good-bye with the next pull()."""

@@ -181,7 +181,7 @@ class Session:
         size = 0
         for part in parts:
             size += part.nbytes if isinstance(part, memoryview) else len(part)
-        if not 0 < size <= min(stream.send_credit, self.frame_limit):
+        if not 0 < size <= self.frame_limit or size > stream.send_credit:
             return None
         stream.send_credit -= size
         self.tally.frames_out[stream.priority] += 1
@@ -283,7 +283,8 @@ class Session:
                 if self._left:
                     return events
             if end - offset < HEADER_SIZE:
-                self._partial = data[offset:]
+                if offset < end:
+                    self._partial = data[offset:]
                 return events
             version, kind, flags, stream_id, length = HEADER.unpack_from(data, offset)
             offset += HEADER_SIZE

@@ -86,7 +86,11 @@ class MuxedStream:
                 self._raise_if_reset()
             if mux.remote_fin:
                 raise asyncio.IncompleteReadError(self._take(mux.buffered), n)
-            await self._readable(n)
+            waiter = self._start_waiting(n)
+            try:
+                await waiter
+            finally:
+                self._stop_waiting()
         data = mux.take(n)
         if mux.announce_due:
             self._wire.pump_soon()
@@ -101,18 +105,25 @@ class MuxedStream:
 
     async def _readable(self, size: int) -> None:
         """Wait until `size` bytes are buffered, or EOF, or reset."""
-        mux, wire = self._mux, self._wire
-        if wire.error is not None or mux.discarding or mux.id in wire.readers:
-            self._raise_if_unreadable()
-        waiter = wire.readers[mux.id] = asyncio.get_running_loop().create_future()
-        mux.want(size)
-        if mux.announce_due:
-            wire.pump_soon()
+        waiter = self._start_waiting(size)
         try:
             await waiter
         finally:
-            mux.wanted = 0
-            del wire.readers[mux.id]
+            self._stop_waiting()
+
+    def _start_waiting(self, size: int) -> asyncio.Future[None]:
+        mux, wire = self._mux, self._wire
+        if wire.error is not None or mux.discarding or mux.id in wire.readers:
+            self._raise_if_unreadable()
+        waiter = wire.readers[mux.id] = wire.loop.create_future()
+        mux.want(size)
+        if mux.announce_due:
+            wire.pump_soon()
+        return waiter
+
+    def _stop_waiting(self) -> None:
+        self._mux.wanted = 0
+        del self._wire.readers[self._mux.id]
 
     def propose(self, protocol: str) -> None:
         """Speak `protocol` from now on without waiting for the peer's consent: it is known to speak it.
@@ -214,6 +225,7 @@ class MuxedStream:
         if not self._wire.closed and self._mux.reset_by is None:
             self._flush_proposal()
             self._mux.ignore_input()
+            self._dialer = None  # its answer is ignored, too
             self._mux.finish()
             self._wire.wake_reader(self._mux)
             self._wire.linger(self._mux)

@@ -110,9 +110,9 @@ class Wire(asyncio.BufferedProtocol):
         self._transport: asyncio.Transport | None = None
         self._descriptor = -1  # of the socket, when frames can be written to it directly
         self._paused = False
-        self._loop = asyncio.get_running_loop()
+        self.loop = asyncio.get_running_loop()
         self._pump_due = False
-        self._lost = self._loop.create_future()
+        self._lost = self.loop.create_future()
         self._openers: dict[asyncio.Future[None], None] = {}
         self._early = 0  # streams opened before the peer's first words, -1 after them
         self._lingering: dict[int, tuple[MuxStream, float]] = {}
@@ -270,7 +270,7 @@ class Wire(asyncio.BufferedProtocol):
         """pump() at the end of this turn of the loop: credit to give back rides with the answer, if there is one."""
         if not self._pump_due:
             self._pump_due = True
-            self._loop.call_soon(self._pump_late)
+            self.loop.call_soon(self._pump_late)
 
     def _pump_late(self) -> None:
         self._pump_due = False
