@@ -1,7 +1,7 @@
 // js-libp2p as an interop peer. One JSON object per line on stdout, one task per line on stdin.
 //   node --import ./polyfill.mjs node.mjs listen [OPTION…]             a free loopback port: {ready, id, addrs}
 //   node --import ./polyfill.mjs node.mjs dial ADDR [TASK…] [OPTION…]  {connected, encryption, muxer}, then the tasks'
-// Options: --key Ed25519|RSA|secp256k1, --host IP, --hurry MS (keepalives and monitor pings this often).
+// Options: --key Ed25519|RSA|secp256k1, --host IP, --hurry MS (keepalives this often, monitor pings every 20th time).
 // Tasks, with whoever connected last:
 //   connect:ADDR | ping | identify | book | echo:BYTES | streams:COUNT | digest:BYTES | goodbye:BYTES
 //   push:ID | knows:ID | bench
@@ -46,7 +46,8 @@ const node = await createLibp2p({
   connectionEncrypters: [noise()],
   streamMuxers: [yamux(hurry ? { keepAliveInterval: hurry } : {})],
   services: { identify: identify(), identifyPush: identifyPush(), ping: ping() },
-  connectionMonitor: hurry ? { pingInterval: hurry } : {},
+  // its pings must not overlap: js allows one at a time, and takes a refusal for a dead connection
+  connectionMonitor: hurry ? { pingInterval: 20 * hurry } : {},
   connectionGater: { denyDialMultiaddr: () => false }
 })
 
