@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Final, Self
 from ..protocol.errors import ConfigError
 from ..protocol.sampling import SamplingParams
 from .allocator import keep_freed_memory
-from .config import NodeConfig
+from .config import BUILTIN_MODEL, NodeConfig
 from .console import Console, milliseconds
 from .entrance import entrance
-from .node import BUILTIN_MODEL, Node
+from .node import Node
 
 if TYPE_CHECKING:
     from .client.generate import GenerationStats, Piece

@@ -17,6 +17,8 @@ from .limits import AllowList
 APP: Final = "swarmnode"
 DEFAULT_LISTEN: Final = ("/ip4/0.0.0.0/tcp/0", "/ip6/::/tcp/0")
 DEFAULT_SWARM: Final = MAIN_SWARM
+BUILTIN_MODEL: Final = "gemma3-270m"
+"""The model when nothing says which: the demo's weights."""
 MAX_NAME: Final = 32
 
 
