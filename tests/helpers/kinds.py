@@ -30,10 +30,11 @@ NEGOTIATION = 256
 class World:
     """Two hosts, or one twice, and the streams between them. `window` is what a writer may be ahead of its reader."""
 
-    def __init__(self, one: Host, two: Host, window: int) -> None:
+    def __init__(self, one: Host, two: Host, window: int, *, bulk: bool = False) -> None:
         self.one = one
         self.two = two
         self.window = window
+        self._bulk = bulk
         self._arrived: asyncio.Queue[Stream] = asyncio.Queue()
         self._ended: dict[Stream, asyncio.Event] = {}
         self._opened: list[Stream] = []
@@ -46,7 +47,7 @@ class World:
 
     async def open(self) -> tuple[Stream, Stream]:
         """The two ends of a fresh stream."""
-        near = await self.one.open_stream(self.two.peer_id, PROTOCOL)
+        near = await self.one.open_stream(self.two.peer_id, PROTOCOL, bulk=self._bulk)
         self._opened.append(near)
         far = await self._arrived.get()
         assert (near.remote, near.protocol) == (self.two.peer_id, PROTOCOL)
@@ -98,7 +99,7 @@ async def to_self() -> AsyncIterator[World]:
 
 @contextlib.asynccontextmanager
 async def between(
-    kind: str, *, weather: int | None = None, swapped: bool = False, **path: float
+    kind: str, *, weather: int | None = None, swapped: bool = False, bulk: bool = False, **path: float
 ) -> AsyncIterator[World]:
     """Streams between two hosts; `swapped`: the one that opens streams is the one that was dialed."""
     network = MemoryNetwork(random.Random(0), **path)
@@ -107,7 +108,10 @@ async def between(
     async with hosts(kind, 2, network=network) as (one, two):
         if swapped:
             await two.connect(one.peer_id)
-        yield World(one, two, yamux.STREAM_WINDOW)
+        world = World(one, two, yamux.STREAM_WINDOW, bulk=bulk)
+        if bulk:  # a first ping makes the ordinary connection, and tells how long the path is
+            await world.settle()
+        yield world
 
 
 KINDS = [
@@ -115,6 +119,7 @@ KINDS = [
     Kind(name="memory", world=partial(between, "memory", latency_s=0.001)),
     Kind(name="accepted", world=partial(between, "memory", latency_s=0.001, swapped=True)),
     Kind(name="far", world=partial(between, "memory", latency_s=0.02, jitter_s=0.01, rate=100e6)),
+    Kind(name="bulk", world=partial(between, "memory", latency_s=0.02, bulk=True)),
     Kind(name="choppy", world=partial(between, "memory", latency_s=0.01, weather=9)),
     Kind(name="tcp", world=partial(between, "tcp"), virtual=False),
 ]
