@@ -92,6 +92,7 @@ def peer_tag(key: bytes) -> bytes:
     return key[:TAG_BYTES]
 
 
+@lru_cache(ADDRESSES_CACHED)
 def is_local(seen: Multiaddr | None) -> bool:
     """True when the peer at this address shares our machine, so loopback addresses mean the same to it."""
     return seen is None or seen.is_loopback

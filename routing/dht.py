@@ -275,7 +275,7 @@ class Dht:
             known_seq = self.store.known_seq(key, self.own)
             entry = self._publications.sign(key, publication.payload, publication.ttl_s, known_seq, wall)
             self._put_own(entry, publication.paths, now)
-        for key, contact in self._handover.due():
+        for key, contact in self._handover.due(now):
             self._give(key, contact, now)
         self._ping(now)
         for key in self._cache.due(now):
@@ -373,7 +373,7 @@ class Dht:
         number = self._number()
         limits = self.timeouts.limits(contact.peer)
         self._questions[number] = _Question(query, contact, known == contact, now, now + limits.soft_s)
-        request = self._signed_off(request, any(addr.is_loopback for addr in contact.addrs))
+        request = self._signed_off(request, any(map(is_local, contact.addrs)))
         self._actions.append(Ask(number, contact, request, limits.hard_s))
         if query is not None:
             query.went_out(contact, limits, now)
@@ -387,7 +387,7 @@ class Dht:
     def _drop(self, question: _Question, now: float) -> None:
         query = question.query
         if query is not None and query.id in self._active:
-            query.on_failure(question.contact.peer)
+            query.on_failure(question.contact)
             self._advance(query, now)
 
     def _candidates(self, told: Iterable[KadPeer], seen: Multiaddr | None, now: float) -> list[Contact]:

@@ -1,7 +1,9 @@
 """Entries for newcomers: who joins next to a key must hold what lies there, or readers would miss it.
 
 Only the two nearest holders hand over (two, for one may be dying), what is left of each lease and no more: entries
-never live longer for being passed on. Announcers come back within 40 s anyway; this covers the time until then.
+never live longer for being passed on. Who came less than SETTLED_S ago does not count as one of the two: it may not have
+been given anything yet, as when many join at once. Announcers come back within 40 s anyway; this covers the time until
+then.
 """
 
 from __future__ import annotations
@@ -14,8 +16,9 @@ from .keys import position
 from .store import Store
 from .table import Contact, Table
 
-MAX_NEWCOMERS: Final = 16
+MAX_NEWCOMERS: Final = 64
 """Newcomers considered per round; more come back with the announcers' next round."""
+SETTLED_S: Final = 30.0
 MAX_KEYS: Final = 512
 """Keys considered per round."""
 GIVERS: Final = 2
@@ -37,7 +40,7 @@ class Handover:
         if len(self._newcomers) < MAX_NEWCOMERS:
             self._newcomers[newcomer] = None
 
-    def due(self) -> Iterator[tuple[bytes, Contact]]:
+    def due(self, now: float) -> Iterator[tuple[bytes, Contact]]:
         """Keys and the newcomers that ours is the turn to give them to."""
         if not self._newcomers:
             return
@@ -50,9 +53,13 @@ class Handover:
             if not any(contact in newcomers for contact in nearest):
                 continue
             ours = self._own_place ^ place
-            before_us = [c for c in nearest if c not in newcomers and c.place ^ place < ours]
+            before_us = [c for c in nearest if c.place ^ place < ours and self._is_settled(c.peer, now)]
             if len(before_us) < GIVERS:
                 yield from ((key, contact) for contact in nearest if contact in newcomers)
+
+    def _is_settled(self, peer: PeerId, now: float) -> bool:
+        since = self._table.known_since(peer)
+        return since is not None and since <= now - SETTLED_S
 
     def _keys(self) -> list[bytes]:
         keys = self._store.keys()

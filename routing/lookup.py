@@ -50,8 +50,10 @@ MAX_ADDRS: Final = 16
 """Addresses collected for one candidate."""
 SILENT_SHARE: Final = 0.12
 """More than this share of all questions silent past their second time, and two at least: no lateness explains that."""
-SPARES: Final = 2
-"""So many more are asked once so many are silent: the substitutes of the dead may be dead as well."""
+LATE_SHARE: Final = 0.2
+"""This share of live peers is past its first time too; only for silent ones in excess of it are others asked."""
+SPARES: Final = 1
+"""So many more are asked once more than so many are silent: the substitutes of the dead may be dead as well."""
 DOUBT_FAILURES: Final = 4
 """This many dead among the peers somebody named, and three dead to a live one: the others it named can wait."""
 DOUBT_RATIO: Final = 3
@@ -142,8 +144,8 @@ class Lookup:
             (busy if candidate.hedge_at > now else hedged)[candidate.path] += 1
         done, anybody = True, False
         for path in range(len(self._paths)):
-            silent = hedged[path] + self._slow
-            head = self._head(path, self._width + hedged[path] + (SPARES if silent >= SPARES else 0))
+            silent = max(0, hedged[path] - int(LATE_SHARE * self._asked / len(self._paths)))
+            head = self._head(path, self._width + silent + (SPARES if silent + self._slow > SPARES else 0))
             anybody = anybody or bool(head)
             done = done and all(candidate.state is State.DONE for candidate in head[: self._width])
             fresh = next((candidate for candidate in head if candidate.state is State.NEW), None)
@@ -158,12 +160,13 @@ class Lookup:
         return Wait(min(times, default=None))
 
     def asked(
-        self, peer: PeerId, deadline: float, *, hedge_at: float | None = None, late_at: float | None = None
+        self, contact: Contact, deadline: float, *, hedge_at: float | None = None, late_at: float | None = None
     ) -> None:
         """A question went out. From `hedge_at` (`deadline`) on it blocks nobody, past `late_at` (`deadline`) it is
         not waited for, past `deadline` neither if others are silent, too.
         """
-        candidate = self._by_peer[peer]
+        candidate = self._by_peer[contact.peer]
+        candidate.contact = contact
         if candidate.state is State.SLOW:
             self._slow -= 1
         if candidate.state is not State.WAITING:
@@ -179,13 +182,14 @@ class Lookup:
     def known(self, peer: PeerId, count: int) -> list[Contact]:
         """Whom the peer, about to be asked, need not name: the nearest candidates of its path that look alive.
 
-        Without them its answer reaches further, past the dead that everybody names. Those who failed at addresses
-        that others told are not among them: the peer may know better ones.
+        Without them its answer reaches further, past the dead that everybody names. Every second peer is told of fewer,
+        those that answered and those of our own table only: what one teller says of addresses wants a second voice.
         """
         found = []
+        trusting = self._asked % 2 == 0
         for candidate in self._paths[self._by_peer[peer].path]:
-            silent = candidate.state in (State.FAILED, State.SLOW)
-            if candidate.teller is None or not (silent or self._is_doubtful(candidate)):
+            plausible = trusting and candidate.state in (State.NEW, State.WAITING) and not self._is_doubtful(candidate)
+            if plausible or candidate.teller is None or candidate.state is State.DONE:
                 found.append(candidate.contact)
                 if len(found) == count:
                     break
@@ -202,10 +206,12 @@ class Lookup:
                 candidate.subnet = subnet_of(seen)
         self.add(closer, peer)
 
-    def on_failure(self, peer: PeerId) -> None:
-        """A peer could not be reached, or answered nonsense."""
-        candidate = self._by_peer.get(peer)
-        if candidate is not None and candidate.state not in (State.DONE, State.FAILED):
+    def on_failure(self, contact: Contact) -> None:
+        """A peer could not be reached at these addresses, or answered nonsense."""
+        candidate = self._by_peer.get(contact.peer)
+        if candidate is None or candidate.contact.addrs != contact.addrs:
+            return  # it has been asked at other addresses meanwhile
+        if candidate.state is State.WAITING or candidate.state is State.SLOW:
             self._settle(candidate, State.FAILED)
 
     def add(self, contacts: Iterable[Contact], teller: PeerId | None = None) -> None:
@@ -234,16 +240,18 @@ class Lookup:
                 self._dead[teller] -= before is State.SLOW
             elif before is not State.SLOW:
                 self._dead[teller] += 1
-        if state is State.FAILED and candidate.others:
+        if state is not State.DONE and candidate.others:
             self._retry(candidate, Contact(candidate.contact.peer, candidate.others), teller)
 
     def _mark_slow(self, now: float) -> None:
+        for candidate in [one for one in self._waiting if one.others and one.hedge_at <= now]:
+            self._settle(candidate, State.FAILED)  # and ask at the other addresses
         overdue = [candidate for candidate in self._waiting if candidate.deadline <= now]
         many = len(overdue) + self._slow >= max(2.0, SILENT_SHARE * self._asked)
         for candidate in overdue:
             if many or candidate.late_at <= now:
-                self._settle(candidate, State.SLOW)
                 self._slow += 1
+                self._settle(candidate, State.SLOW)
 
     def _head(self, path: int, count: int) -> list[_Candidate]:
         """The `count` nearest of a path that are still good; what doubtful tellers named only to fill up."""
@@ -324,6 +332,7 @@ class Lookup:
         """Another chance at other addresses: the first words about a peer's addresses may be lies."""
         failed.others = ()
         if failed.attempts < MAX_ATTEMPTS and not failed.tried.issuperset(contact.addrs):
+            self._slow -= failed.state is State.SLOW
             failed.contact = contact
             failed.state = State.NEW
             failed.teller = teller

@@ -89,7 +89,7 @@ class Locate:
     def went_out(self, contact: Contact, limits: Limits, now: float) -> None:
         """The question went out."""
         self.asked += 1
-        self.lookup.asked(contact.peer, now + limits.soft_s, hedge_at=now + limits.hedge_s, late_at=now + limits.late_s)
+        self.lookup.asked(contact, now + limits.soft_s, hedge_at=now + limits.hedge_s, late_at=now + limits.late_s)
 
     def on_reply(
         self, contact: Contact, closer: list[Contact], message: Message, seen: Multiaddr | None
@@ -98,9 +98,9 @@ class Locate:
         self.lookup.on_reply(contact.peer, closer, seen)
         return None
 
-    def on_failure(self, peer: PeerId) -> None:
+    def on_failure(self, contact: Contact) -> None:
         """No answer, or nonsense."""
-        self.lookup.on_failure(peer)
+        self.lookup.on_failure(contact)
 
 
 class Read(Locate):
@@ -185,8 +185,8 @@ class Publish(Locate):
             self.subnets.add(subnet_of(seen) or contact.peer)
         return None
 
-    def on_failure(self, peer: PeerId) -> None:
+    def on_failure(self, contact: Contact) -> None:
         """No answer: the next nearest peer will do."""
         if self.putting:
-            self._deadlines.pop(peer, None)
-        super().on_failure(peer)
+            self._deadlines.pop(contact.peer, None)
+        super().on_failure(contact)

@@ -15,6 +15,7 @@ import ipaddress
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from heapq import nsmallest
 from typing import Final
 
@@ -29,6 +30,8 @@ TABLE_SUBNET_LIMIT: Final = 10
 MAX_FAILURES: Final = 2
 SILENCE_FACTOR: Final = 10
 """How much longer than a new contact an old one may be silent before it is asked whether it lives."""
+SEEN_CACHED: Final = 8192
+"""Addresses whose subnet is remembered: parsing one takes longer than answering a ping."""
 _LOCAL_NETWORKS: Final = tuple(
     ipaddress.ip_network(text)
     for text in (
@@ -75,6 +78,7 @@ class _Bucket:
     """Replacements, the freshest last."""
 
 
+@lru_cache(SEEN_CACHED)
 def subnet_of(addr: Multiaddr | None) -> str | None:
     """The /24 or /48 an address belongs to; None for what is not counted (local networks, memory, names)."""
     address = None if addr is None else addr.ip
@@ -116,6 +120,11 @@ class Table:
         """When a contact last spoke to us."""
         row = self._rows.get(peer)
         return None if row is None else row.seen_at
+
+    def known_since(self, peer: PeerId) -> float | None:
+        """When a contact entered the table."""
+        row = self._rows.get(peer)
+        return None if row is None else row.since
 
     def heard(self, contact: Contact, now: float, seen: Multiaddr | None = None) -> bool:
         """Note that a server spoke to us, from address `seen`. True when it newly entered the table."""

@@ -33,7 +33,7 @@ HARD_CEILING_S: Final = 5.0
 DEVIATIONS: Final = 3
 """RFC 6298 has 4 because a retransmission is dear; a question to the next nearest peer is cheap."""
 LATE_DEVIATIONS: Final = 6
-HEDGE_QUANTILE: Final = 0.8
+HEDGE_QUANTILE: Final = 0.75
 SOFT_QUANTILE: Final = 0.97
 LATE_FACTOR: Final = 1.5
 """Against the soft limit. Measured: with 1.0 one in a hundred of the nearest is missed for being late."""

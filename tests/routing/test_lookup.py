@@ -28,7 +28,7 @@ def drain(lookup, now, deadline):
     """Ask all that may be asked now."""
     asked = []
     while isinstance(step := lookup.next(now), Contact):
-        lookup.asked(step.peer, deadline)
+        lookup.asked(step, deadline)
         asked.append(step)
     return asked, step
 
@@ -92,7 +92,7 @@ def test_all_failed_is_done():
     lookup = Lookup(TARGET, CROWD[:2], width=2)
     drain(lookup, 0.0, 1.0)
     for one in CROWD[:2]:
-        lookup.on_failure(one.peer)
+        lookup.on_failure(one)
     assert lookup.next(0.5) == Done()
     assert lookup.closest(2) == []
 
@@ -100,7 +100,7 @@ def test_all_failed_is_done():
 def test_failed_peers_make_room_for_the_next_nearest():
     lookup = Lookup(TARGET, CROWD[:4], width=2, alpha=2)
     drain(lookup, 0.0, 1.0)
-    lookup.on_failure(CROWD[0].peer)
+    lookup.on_failure(CROWD[0])
     assert drain(lookup, 0.0, 1.0)[0] == [CROWD[2]]
 
 
@@ -111,7 +111,7 @@ def test_other_addresses_give_a_failed_peer_another_chance_but_not_for_ever():
     for number in range(2, 10):
         asked, _ = drain(lookup, 0.0, 1.0)
         chances += len(asked)
-        lookup.on_failure(victim.peer)
+        lookup.on_failure(asked[0] if asked else victim)
         lookup.add([victim])  # nothing new
         assert lookup.next(0.0) == Done()
         lookup.add([contact(7, f"/memory/{number}")])
@@ -135,6 +135,6 @@ def test_excluded_peers_are_never_asked_and_candidates_are_bounded():
 
 def test_answers_of_strangers_are_harmless():
     lookup = Lookup(TARGET, CROWD[:1], width=1)
-    lookup.on_failure(CROWD[9].peer)
+    lookup.on_failure(CROWD[9])
     lookup.on_reply(CROWD[9].peer, [])
     assert lookup.next(0.0) == CROWD[0]

@@ -33,8 +33,12 @@ from swarmnode.routing.dht import Dht
 from swarmnode.routing.table import Contact
 
 EPOCH = 1_700_000_000.0
+REJOIN_S = 5.0
 PACKET_BYTES = 90
 """TCP, IP, Noise and yamux around one small message."""
+
+SILENCE = object()
+"""What an `answer` returns that does not want to answer."""
 
 
 def key_of(name):
@@ -106,19 +110,29 @@ class Network:
 
     # Building
 
-    def add(self, bootstrap=None, **options):
-        """A new node, joining through another one."""
+    def add(self, bootstrap=None, *, name=None, **options):
+        """A new node, joining through another one; should that die meanwhile, through yet another."""
         number = len(self.everybody)
-        node = SimNode(self, number, f"{self.rng.random()}-{number}", **options)
+        node = SimNode(self, number, name or f"{self.rng.random()}-{number}", **options)
         self.latency.place(number)
         self.everybody.append(node)
         if node.server:
             self.nodes[node.addr] = node
         if bootstrap is not None:
-            node.dht.locate(node.peer.raw, self.now, seeds=[bootstrap.contact])
-            node.dht.refresh(self.now)
+            self._join(node, bootstrap)
         self.pump(node)
         return node
+
+    def _join(self, node, bootstrap):
+        if node.alive and not len(node.dht.table):
+            node.dht.locate(node.peer.raw, self.now, seeds=[bootstrap.contact])
+            node.dht.refresh(self.now)
+            self.pump(node)
+            self.at(self.now + REJOIN_S, self._rejoin, node)
+
+    def _rejoin(self, node):
+        if self.nodes:
+            self._join(node, self.rng.choice(list(self.nodes.values())))
 
     def kill(self, node):
         """The node vanishes without a word."""
@@ -233,8 +247,11 @@ class Network:
         except RemoteProtocolError:
             reply = None
         self.pump(target)
-        if reply is None:  # a reset stream, or a liar that says nothing
+        if reply is None:
             self.at(self.now + delay_s, self._fail, node, ask)
+            return
+        if reply is SILENCE:
+            self.at(end, self._fail, node, ask)
             return
         raw = reply.encode() if self.encode else reply
         self._count(target, reply, raw)

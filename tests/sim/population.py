@@ -8,6 +8,7 @@ from swarmnode.routing.keys import KEY_BITS, distance, position
 from swarmnode.routing.table import K
 
 WARM_SILENCE_S = 60.0
+WARM_AGE_S = 3600.0
 
 
 def grow(network, count, *, every_s=0.5, settle_s=5.0, client_share=0.0, **options):
@@ -55,8 +56,8 @@ def acquaint(network, nodes):
             chosen = range(first, last)
             for index in chosen if len(chosen) <= K else network.rng.sample(chosen, K):
                 other = network.everybody[ring[index][1]]
-                heard_at = network.now - WARM_SILENCE_S * network.rng.random()
-                node.dht.table.heard(other.contact, heard_at, other.addr)
+                node.dht.table.heard(other.contact, network.now - WARM_AGE_S * network.rng.random(), other.addr)
+                node.dht.table.heard(other.contact, network.now - WARM_SILENCE_S * network.rng.random(), other.addr)
             near = own >> shift << shift
             if bisect_left(places, near + (1 << shift)) - bisect_left(places, near) <= 1:
                 break
@@ -71,9 +72,25 @@ def nearest(nodes, key, count=K):
 
 def recall(nodes, asker, key, contacts, count=K):
     """Which share of the true `count` nearest, the asker aside, is among the first `count` contacts."""
-    truth = {node.peer for node in nearest(nodes, key, count + 1) if node is not asker}
     truth = {node.peer for node in nearest([node for node in nodes if node is not asker], key, count)}
     return len(truth & {contact.peer for contact in contacts[:count]}) / len(truth)
+
+
+def teach(network, nodes, samples=40):
+    """Let every node have timed some others, as any node has after a minute."""
+    for node in nodes:
+        for other in network.rng.sample(nodes, min(samples, len(nodes))):
+            if other is not node:
+                there_s = network.latency.delay_s(node.number, other.number, network.rng)
+                back_s = network.latency.delay_s(other.number, node.number, network.rng)
+                node.dht.timeouts.observe(other.peer, there_s + back_s)
+
+
+def mean_rtt_s(network, nodes, pairs=4000):
+    """The mean undisturbed round trip between random members."""
+    numbers = [node.number for node in nodes]
+    chosen = (network.rng.sample(numbers, 2) for _ in range(pairs))
+    return sum(network.latency.rtt_s(one, two) for one, two in chosen) / pairs
 
 
 def fail_silently(network, nodes, share):
