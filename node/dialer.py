@@ -122,7 +122,7 @@ class Dialer:
         for address in addrs:
             transport = next((t for t in self._transports if t.can_dial(address)), None)
             if transport is None:
-                causes.append((address, "no transport for this kind of address"))
+                causes.append((address, _why_not(address)))
             elif peer is not None and address.peer_id not in (None, peer):
                 causes.append((address, "names another peer"))
             else:
@@ -158,6 +158,13 @@ class Dialer:
                 wire.abort("the dial was given up")
             raise
         return made[0]
+
+
+def _why_not(address: Multiaddr) -> str:
+    """Why no transport dials an address."""
+    if address.value("dnsaddr") is not None:  # Python's standard library resolves names, but reads no TXT records
+        return "/dnsaddr stands for DNS TXT records, which are not read here; give one of the addresses in them"
+    return "no transport for this kind of address"
 
 
 def _dispose(wire: Wire) -> None:

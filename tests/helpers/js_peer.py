@@ -17,6 +17,10 @@ BUILD = Path(__file__).parent.parent.parent / "build" / "interop_js"
 """Where the repository keeps what is installed."""
 PINS = ("package.json", "package-lock.json")
 SCRIPTS = ("polyfill.mjs", "node.mjs")
+INSTALL = (
+    *("--no-audit", "--no-fund", "--loglevel=error", "--ignore-scripts", "--prefer-offline"),
+    *("--fetch-retries=1", "--fetch-retry-mintimeout=1000"),  # without a network, know it soon
+)
 INSTALL_PATIENCE_S = 300
 
 
@@ -34,9 +38,13 @@ def install(cache: Path = BUILD) -> Path:
         for name in (*PINS, *SCRIPTS):
             shutil.copy(SOURCE / name, folder / name)
         if not (folder / "ready").exists():
-            command = [npm() or "npm", "ci", "--no-audit", "--no-fund", "--loglevel=error", "--ignore-scripts"]
             done = subprocess.run(
-                command, cwd=folder, timeout=INSTALL_PATIENCE_S, capture_output=True, text=True, check=False
+                [npm() or "npm", "ci", *INSTALL],
+                cwd=folder,
+                timeout=INSTALL_PATIENCE_S,
+                capture_output=True,
+                text=True,
+                check=False,
             )
             if done.returncode:
                 raise RuntimeError(f"npm ci failed in {folder}: {done.stderr}")

@@ -283,6 +283,6 @@ async def test_a_quiet_connection_lives_on(outside, monkeypatch, their_pings):
 
 @pytest.mark.slow
 async def test_a_quiet_connection_lives_on_for_minutes(outside, their_pings):
-    """As long as it takes for four keepalives of 30 s of theirs; ours come every 15 s."""
+    """Two minutes: five keepalives of theirs, one every 30 s, while ours come every 15 s."""
     async with us(11) as our:
-        await quiet_connection(outside, our, their_pings, (), 4)
+        await quiet_connection(outside, our, their_pings, (), 5)

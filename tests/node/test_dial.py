@@ -3,8 +3,9 @@
 import asyncio
 
 import pytest
+from helpers.hosts import hosts
 from swarmnode.node.dial import MAX_ADDRESSES, STAGGER_S, DialFailed, Race, order
-from swarmnode.protocol.errors import RemoteProtocolError
+from swarmnode.protocol.errors import PeerUnreachable, RemoteProtocolError
 from swarmnode.protocol.multiaddr import Multiaddr
 
 pytestmark = pytest.mark.virtual
@@ -70,3 +71,11 @@ async def test_families_take_turns_and_doubles_go():
     six = [Multiaddr.parse(f"/ip6/::{n}/tcp/1") for n in range(1, 3)]
     assert order([*four, *six, four[0]]) == [four[0], six[0], four[1], six[1], four[2]]
     assert len(order(Multiaddr.parse(f"/memory/{n}") for n in range(99))) == MAX_ADDRESSES
+
+
+async def test_addresses_that_nobody_dials_say_why():
+    dnsaddr = Multiaddr.parse("/dnsaddr/bootstrap.example")
+    quic = Multiaddr.parse("/ip4/192.0.2.1/udp/1/quic-v1")
+    async with hosts("memory", 1) as (one,):
+        with pytest.raises(PeerUnreachable, match=r"dnsaddr.*TXT records.*quic-v1: no transport for this kind"):
+            await one.connect(None, [dnsaddr, quic])
