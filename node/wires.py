@@ -14,6 +14,7 @@ from ..protocol.limits import Kind, OverLimit, Resource, Scope, WindowBudget
 from ..protocol.multiaddr import Multiaddr
 from ..protocol.noise import StaticKey
 from ..protocol.yamux import WINDOW_BUDGET
+from ..protocol.yamux_memory import HeldMemory
 from .clock import Clock
 from .gate import Gate, Ticket
 from .limits import HostLimits
@@ -71,6 +72,7 @@ class Wires:
         self._clock = clock
         self._gate = gate
         self._refused = refused
+        self._held = HeldMemory()
         self._on_stream = on_stream
         self._tickets: dict[Wire, Ticket] = {}  # of every wire that is not closed
         self._handshaking: dict[Wire, asyncio.Future[None] | None] = {}
@@ -185,10 +187,11 @@ class Wires:
             address=address,
             outbound=outbound,
             clock=self._clock,
-            events=WireEvents(opened=self._opened, stream=self._on_stream, closed=self._closed),
+            events=WireEvents(opened=self._opened, stream=self._on_stream, closed=self._closed, shed=self._count),
             handshake_timeout_s=self.limits.handshake_timeout_s,
             life=Life(self._clock, trace),
         )
+        wire.session.share(self._held)
         if ticket is not None:
             self._tickets[wire] = ticket
             self._handshaking[wire] = None
@@ -228,6 +231,9 @@ class Wires:
             wire.close(str(exc))
             return False
         return True
+
+    def _count(self, reason: str) -> None:
+        self._refused[reason] += 1
 
     def _end_spare(self, full: OverLimit, peer: PeerId) -> bool:
         """A peer has all the connections it may: end an idle one, for a peer that lost its network makes new ones."""

@@ -31,6 +31,7 @@ class Tally:
         "opened_there",
         "reset_here",
         "reset_there",
+        "shed",
         "stale_bytes_in",
         "stale_frames_in",
         "turned_away",
@@ -59,6 +60,8 @@ class Tally:
         """Streams that ended well, both ways."""
         self.reset_here = 0
         self.reset_there = 0
+        self.shed = 0
+        """Streams we reset because of the unread bytes they held; see yamux_memory."""
         self.windows_grown = 0
         """Times a receive window was enlarged because the path was faster than it."""
         self.go_aways_in = 0

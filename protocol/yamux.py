@@ -11,13 +11,14 @@ that are gone are skipped, for they may have crossed our reset on the way.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Final
 
 from .errors import LocalProtocolError, RemoteProtocolError
 from .tally import Tally
 from .yamux_frames import HEADER, HEADER_SIZE, INITIAL_WINDOW, Flag, FrameType, GoAway
+from .yamux_memory import CONNECTION_REASON, MAX_CONNECTION_HELD, HeldMemory
 from .yamux_stream import MAX_WINDOW, MuxStream, Part, Readable, Writable
 
 PROTOCOL: Final = "/yamux/1.0.0"
@@ -93,6 +94,14 @@ class Session:
         self.unacked = 0
         """Open streams of ours that the peer has not acknowledged."""
         self._budgets = (Budget(WINDOW_BUDGET), node_budget or Budget(WINDOW_BUDGET))
+        self.memory = HeldMemory()
+        """Where the node's unread bytes are summed up; see share()."""
+        self.memory.join(self)
+        self.held = 0
+        """Unread bytes of all streams that no reader waits for."""
+        self._ended: dict[MuxStream, None] = {}  # out of the table, and not read to the end
+        self.on_shed: Callable[[MuxStream, str], None] | None = None
+        """Told of a stream that was reset for the memory it held, and by which bound."""
         self.rtt_s = 0.0
         """Round trip time, set by the owner; 0 = unknown, windows do not grow."""
         self.now = 0.0
@@ -143,6 +152,25 @@ class Session:
             self._forget(stream, reason)
             if not stream.syn_due:  # else the peer has never heard of it
                 self._queue(HEADER.pack(0, FrameType.WINDOW, Flag.RST, stream.id, 0))
+
+    def share(self, memory: HeldMemory) -> None:
+        """Count unread bytes in the node's sum from now on."""
+        self.memory.leave(self)
+        self.memory = memory
+        memory.used += self.held
+        memory.join(self)
+
+    def shed(self, reason: str) -> None:
+        """Reset the stream that holds most unread bytes."""
+        stream = max((*self._streams.values(), *self._ended), key=lambda stream: stream.held)
+        self.tally.shed += 1
+        cause = f"too much was sent that nobody read ({reason})"
+        if stream in self._ended or len(self._control) >= MAX_CONTROL:  # a peer that reads nothing cannot be told
+            self._forget(stream, cause)
+        else:
+            self.reset(stream, cause)
+        if self.on_shed is not None:
+            self.on_shed(stream, reason)
 
     def ping(self, opaque: int) -> None:
         """Ask for a Pong(opaque)."""
@@ -196,6 +224,18 @@ class Session:
             stream.in_ready = True
             self._ready[stream.priority].append(stream)
 
+    def on_held(self, stream: MuxStream, more: int) -> None:
+        """The stream holds `more` unread bytes than before, or fewer."""
+        self.held += more
+        self.memory.used += more
+        if more > 0:
+            while self.held > MAX_CONNECTION_HELD:
+                self.shed(CONNECTION_REASON)
+            if self.memory.used > self.memory.limit:
+                self.memory.relieve()
+        elif self._ended and not stream.held:
+            self._ended.pop(stream, None)
+
     def on_half_window(self, stream: MuxStream) -> None:
         """The stream has half a window to give back."""
         if not stream.announce_due:
@@ -235,7 +275,7 @@ class Session:
         """Enlarge a receive window as far as both budgets allow; the drawn bytes return in _forget()."""
         extra = window - stream.window
         mine, node = self._budgets
-        if extra > 0 and mine.draw(extra):
+        if extra > 0 and not self.memory.is_scarce and mine.draw(extra):
             if node.draw(extra):
                 stream.window = window
                 self.tally.windows_grown += window > STREAM_WINDOW
@@ -423,6 +463,8 @@ class Session:
         if self._streams.pop(stream.id, None) is None:
             return
         self._windows.pop(stream.id, None)  # nothing of it may stay in a queue: a stuck link sees thousands go
+        if stream.held:
+            self._ended[stream] = None
         if stream.in_ready:
             next(queue for queue in self._ready if stream in queue).remove(stream)
             stream.in_ready = False
@@ -438,3 +480,4 @@ class Session:
         """The connection is gone: return every budget; streams keep what they have received."""
         for stream in self.streams():
             self._remove(stream)
+        self.share(HeldMemory())

@@ -23,6 +23,8 @@ SMALL: Final = 1024
 """Chunks below this are merged on arrival: one-byte frames must not cost 200 bytes of memory each."""
 MERGED: Final = 16 * 1024
 """Merged chunks grow up to this."""
+PINNED: Final = 8
+"""A chunk is kept as a view into its plaintext when at most an eighth of that is something else."""
 MAX_WINDOW: Final = 16 * 1024 * 1024
 """Largest receive window: 100 ms at 1 Gbit/s is 12.5 MB."""
 
@@ -44,6 +46,7 @@ class MuxStream:
         "discarding",
         "fin_due",
         "fin_sent",
+        "held",
         "id",
         "in_ready",
         "inbound",
@@ -74,6 +77,8 @@ class MuxStream:
         """Bytes received and not yet taken."""
         self.wanted = 0
         """Bytes a reader is waiting for."""
+        self.held = 0
+        """Bytes received beyond what a reader is waiting for, as counted against the bounds of yamux_memory."""
         self.recv_credit = INITIAL_WINDOW
         self.window = INITIAL_WINDOW
         self.remote_fin = False
@@ -108,6 +113,8 @@ class MuxStream:
     def want(self, size: int) -> None:
         """A reader waits for `size` bytes (0: none does): grant credit for them."""
         self.wanted = size
+        if size and self.held:
+            self._hold()
         if size and 2 * self.recv_credit <= self.window:
             self._grant()
 
@@ -129,6 +136,8 @@ class MuxStream:
             if end == len(first):
                 self._chunks.popleft()
                 self._head = 0
+        if self.held:
+            self._hold()
         if 2 * self.recv_credit <= self.window:
             self._grant()
         return data
@@ -155,6 +164,7 @@ class MuxStream:
         self.discarding = True
         self._chunks.clear()
         self._head = self.buffered = self.wanted = 0
+        self._hold()
 
     def unread(self, data: bytes) -> None:
         """Put bytes back in front; they were taken too eagerly (what follows a negotiation)."""
@@ -164,6 +174,7 @@ class MuxStream:
                 self._head = 0
             self._chunks.appendleft(data)
             self.buffered += len(data)
+            self._hold()
 
     def on_data(self, chunk: memoryview, whole: int) -> None:
         """Bytes of a DATA frame, part of a plaintext of `whole` bytes. The session has checked the credit."""
@@ -171,10 +182,10 @@ class MuxStream:
             return
         size = len(chunk)
         self.buffered += size
-        if size >= SMALL and 2 * size >= whole:
+        if size >= SMALL and size >= whole - whole // PINNED:
             self._chunks.append(chunk)
         else:
-            # keeping a view would pin the whole plaintext for a few bytes of it
+            # keeping a view would pin the whole plaintext for a part of it
             last = self._chunks[-1] if self._chunks else None
             if isinstance(last, bytearray) and len(last) + size <= MERGED:
                 last += chunk
@@ -182,6 +193,16 @@ class MuxStream:
                 self._chunks.append(bytearray(chunk))
         if self.wanted and 2 * self.recv_credit <= self.window:
             self._grant()
+        if self.buffered > self.wanted:
+            self._hold()
+
+    def _hold(self) -> None:
+        """Count what is buffered beyond what is wanted."""
+        held = max(0, self.buffered - self.wanted)
+        more = held - self.held
+        if more:
+            self.held = held
+            self.session.on_held(self, more)
 
     def _grant(self) -> None:
         """Announce more credit when half the window is free; callers know that half of it is used."""
@@ -261,6 +282,7 @@ class MuxStream:
         self.reset_by = reason
         self._chunks.clear()
         self._head = self.buffered = 0
+        self._hold()
         self.withdraw()
 
     def on_window(self, delta: int) -> None:

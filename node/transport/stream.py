@@ -122,7 +122,7 @@ class MuxedStream:
         return waiter
 
     def _stop_waiting(self) -> None:
-        self._mux.wanted = 0
+        self._mux.want(0)
         del self._wire.readers[self._mux.id]
 
     def propose(self, protocol: str) -> None:

@@ -54,6 +54,10 @@ PACE_BYTES: Final = 64 * 1024
 _RTT_WEIGHT: Final = 0.25
 
 
+def _ignore(reason: str) -> None:
+    """Nobody counts."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WireEvents:
     """Whom a wire tells about its life. Each callback runs on the loop and must not block."""
@@ -64,6 +68,8 @@ class WireEvents:
     """The peer opened a stream; its protocol is not negotiated yet."""
     closed: Callable[[Wire], None]
     """The connection is gone; called once, also when it never opened."""
+    shed: Callable[[str], None] = _ignore
+    """A stream was reset for the unread bytes it held; the argument is the bound's name."""
 
 
 class Wire(asyncio.BufferedProtocol):
@@ -105,6 +111,7 @@ class Wire(asyncio.BufferedProtocol):
         """Why the connection is gone."""
         self._connection = connection
         self._session = connection.session
+        self._session.on_shed = self._shed
         self._clock = clock
         self._events = events
         self._transport: asyncio.Transport | None = None
@@ -348,6 +355,14 @@ class Wire(asyncio.BufferedProtocol):
         self._wake_stream(mux.id)
         self._wake_openers()
         self.pump()
+
+    def _shed(self, mux: MuxStream, reason: str) -> None:
+        logger.info("%r: stream %d reset: %s", self, mux.id, mux.reset_by)
+        self.life.note("connectivity:stream_shed", stream=mux.id, reason=reason)
+        self._wake_stream(mux.id)
+        self._wake_openers()
+        self.pump_soon()
+        self._events.shed(reason)
 
     def linger(self, mux: MuxStream) -> None:
         """The stream is closed here; reset it if the peer does not end it too."""
