@@ -69,7 +69,7 @@ async def test_half_open_dribbling_and_flooding_strangers(flooding):
         await persist(node, honest)
         refused = await assert_free(node, honest)  # the flood is still there, as far as it is concerned
         assert node.memory("VmHWM") - base < BUDGET
-        assert refused["transient-connections-in"] + refused.get("gave-way", 0) >= SLOW - 128
+        assert refused.get("transient-connections-in", 0) + refused.get("gave-way", 0) >= SLOW - 128
         assert refused["handshake-timeout"] >= 1
         for mute in (*slow, *flood):
             mute.link.abort()
