@@ -53,19 +53,24 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
     def run_in_executor(self, executor, func, *args):
         future = super().run_in_executor(executor, func, *args)
-        self._virtual.outside += 1
-        future.add_done_callback(self._came_back)
+        self.went_out()
+        future.add_done_callback(lambda _: self.came_back())
         return future
 
-    async def shutdown_default_executor(self):
+    def went_out(self):
+        """Work was given to a thread: time stands still until came_back()."""
         self._virtual.outside += 1
+
+    def came_back(self, count=1):
+        """The outcome of `count` pieces of work is here, or nobody waits for it any more."""
+        self._virtual.outside -= count
+
+    async def shutdown_default_executor(self):
+        self.went_out()
         try:
             await super().shutdown_default_executor()
         finally:
-            self._virtual.outside -= 1
-
-    def _came_back(self, _):
-        self._virtual.outside -= 1
+            self.came_back()
 
 
 class LoopClock(Clock):
