@@ -41,6 +41,10 @@ class Finished:
     """Of a publication: different /24s (IPv6: /48s) these peers were met in. Few holders' networks mean that few
     hands can make the entry vanish; peers of a local network count one each."""
 
+    crowding: float = 1.0
+    """Of a publication: how many times denser peers sit around the key than around ourselves. Chance stays under 4;
+    far above it somebody has made ids to sit there, and may hold what is published without giving it out."""
+
     @property
     def holders(self) -> int:
         """Of a publication: how many peers say they hold the entry."""

@@ -47,6 +47,8 @@ LIAR_BASE_S: Final = 60.0
 """First back-off for peers that sent forgeries or broke the protocol."""
 REACH: Final = 1.3
 """Candidates within the distance of so many times the wanted peers are asked without restraint."""
+REGION: Final = 0.7
+"""Reads and publications go to all within the distance of so many times the wanted peers, if there are more."""
 CALM_CHANGES: Final = 2
 """So few newcomers and losses since the last refresh: the next one may wait longer."""
 CALM_FACTOR: Final = 1.5
@@ -323,8 +325,20 @@ class Dht:
             near=self.table.reach(int(REACH * width)),
             paths=paths,
             per_subnet=per_subnet,
+            region=0 if per_subnet is None else self._region(width),
             exclude=frozenset((self.own,)),
         )
+
+    def _region(self, width: int) -> int:
+        """Where REGION x `width` peers are expected; nowhere while we know too few to tell."""
+        return int(REGION * self.table.reach(width)) if len(self.table) >= self._config.k else 0
+
+    def _crowding(self, query: Locate) -> float:
+        contacts = query.lookup.closest(self._config.width)
+        if len(self.table) < self._config.k or not contacts:
+            return 1.0
+        farthest = max(contact.place ^ int.from_bytes(query.lookup.target, "big") for contact in contacts)
+        return self.table.reach(len(contacts)) / max(1, farthest)
 
     def _usable(self, contacts: Iterable[Contact], now: float) -> list[Contact]:
         """Those worth asking: neither avoided nor silent on a question right now."""
@@ -362,7 +376,9 @@ class Dht:
         contacts = tuple(query.lookup.closest(self._config.k))
         finished = Finished(query.id, contacts, query.asked, tuple(entries))
         if isinstance(query, Publish):
-            finished = replace(finished, holding=tuple(query.holding), subnets=len(query.subnets))
+            finished = replace(
+                finished, holding=tuple(query.holding), subnets=len(query.subnets), crowding=self._crowding(query)
+            )
         self._actions.append(finished)
         while self._backlog and len(self._active) < MAX_ACTIVE_QUERIES:
             self._start(self._backlog.popleft(), now)

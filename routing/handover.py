@@ -1,9 +1,9 @@
 """Entries for newcomers: who joins next to a key must hold what lies there, or readers would miss it.
 
 Only the two nearest holders hand over (two, for one may be dying), what is left of each lease and no more: entries
-never live longer for being passed on. Who came less than SETTLED_S ago does not count as one of the two: it may not have
-been given anything yet, as when many join at once. Announcers come back within 40 s anyway; this covers the time until
-then.
+never live longer for being passed on. Who came less than SETTLED_S ago does not count as one of the two: it may not
+have been given anything yet, as when many join at once. Announcers come back within 40 s anyway; this covers the time
+until then.
 """
 
 from __future__ import annotations

@@ -17,11 +17,12 @@ is SLOW; its answer still counts.
 The lookup is finished when the `width` nearest candidates that are not FAILED or SLOW are all DONE. If nobody at all
 has answered, it waits for the SLOW ones instead.
 
-Three defences against liars. A teller whose named peers do not answer (invented ids near the target) loses credit,
+Four defences against liars. A teller whose named peers do not answer (invented ids near the target) loses credit,
 and what only it named is left aside. With `per_subnet`, only so many candidates of one /24 (/48) count towards `width`
-while there are others. And with `paths` > 1 the lookup is so many lookups that start from different peers and never
-ask the same one (S/Kademlia, Baumgart and Mies 2007): liars who name only accomplices capture the paths they stand on,
-no more.
+while there are others. All inside `region`, where fewer than `width` are expected, must answer, however many they are:
+ids chosen to sit next to a key push nobody out (Sridhar et al., NDSS 2024). And with `paths` > 1 the lookup is so many
+lookups that start from different peers and never ask the same one (S/Kademlia, Baumgart and Mies 2007): liars who name
+only accomplices capture the paths they stand on, no more.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ ALPHA: Final = 4
 FINAL_ALPHA: Final = 24
 """Questions in flight to candidates that the result must contain anyway."""
 MAX_PATHS: Final = 8
+MAX_REGION: Final = 64
+"""Most peers a lookup waits for when many sit inside `region`."""
 MAX_CANDIDATES: Final = 256
 """Nearest candidates kept by a path; a liar can name 20 a reply."""
 MAX_ATTEMPTS: Final = 3
@@ -117,6 +120,7 @@ class Lookup:
         near: int = 0,
         paths: int = 1,
         per_subnet: int | None = None,
+        region: int = 0,
         exclude: frozenset[PeerId] = frozenset(),
     ) -> None:
         self.target = target
@@ -125,6 +129,7 @@ class Lookup:
         self._alpha = alpha if paths == 1 else max(2, alpha // paths)
         self._near = near
         self._per_subnet = per_subnet
+        self._region = region
         self._exclude = exclude
         self._paths: list[list[_Candidate]] = [[] for _ in range(min(max(paths, 1), MAX_PATHS))]
         self._by_peer: dict[PeerId, _Candidate] = {}
@@ -147,7 +152,8 @@ class Lookup:
             silent = max(0, hedged[path] - int(LATE_SHARE * self._asked / len(self._paths)))
             head = self._head(path, self._width + silent + (SPARES if silent + self._slow > SPARES else 0))
             anybody = anybody or bool(head)
-            done = done and all(candidate.state is State.DONE for candidate in head[: self._width])
+            needed = max(self._width, self._inside(head))
+            done = done and all(candidate.state is State.DONE for candidate in head[:needed])
             fresh = next((candidate for candidate in head if candidate.state is State.NEW), None)
             if done or fresh is None:
                 continue
@@ -226,6 +232,13 @@ class Lookup:
         done = sorted(c for c in self._by_peer.values() if c.state is State.DONE)
         return [candidate.contact for candidate in self._spread(done, count)]
 
+    def crowd(self) -> int:
+        """How many that answered lie inside the region."""
+        return self._inside(self._by_peer[contact.peer] for contact in self.closest(MAX_REGION))
+
+    def _inside(self, candidates: Iterable[_Candidate]) -> int:
+        return sum(candidate.distance <= self._region for candidate in candidates)
+
     def _settle(self, candidate: _Candidate, state: State) -> None:
         """Note how a question ended, to the credit of whoever named the peer."""
         before, teller = candidate.state, candidate.teller
@@ -274,13 +287,15 @@ class Lookup:
         return dead >= DOUBT_FAILURES and dead > DOUBT_RATIO * self._alive[teller]
 
     def _spread(self, candidates: Iterable[_Candidate], count: int) -> list[_Candidate]:
-        """The first `count`; with a subnet limit those over it only when the others do not suffice."""
+        """The first `count` and all inside the region; with a subnet limit those over it only to fill up."""
         if self._per_subnet is None:
             return [candidate for candidate, _ in zip(candidates, range(count), strict=False)]
         chosen: list[_Candidate] = []
         spare: list[_Candidate] = []
         places: Counter[str] = Counter()
         for candidate in candidates:
+            if len(chosen) >= count and candidate.distance > self._region:
+                return chosen
             subnet = candidate.subnet
             if subnet is not None and places[subnet] >= self._per_subnet:
                 spare.append(candidate)
@@ -288,7 +303,7 @@ class Lookup:
             if subnet is not None:
                 places[subnet] += 1
             chosen.append(candidate)
-            if len(chosen) == count:
+            if len(chosen) >= max(count, MAX_REGION):
                 return chosen
         return chosen + spare[: count - len(chosen)]
 

@@ -155,6 +155,7 @@ class Publish(Locate):
             step = super().step(now)
             if not isinstance(step, Done):
                 return step
+            self._replicas = max(self._replicas, self.lookup.crowd())
             self._targets = self.lookup.closest(2 * self._replicas)[::-1]
         waiting = [deadline for deadline in self._deadlines.values() if deadline > now]
         if self._targets and len(self.holding) + len(waiting) < self._replicas:

@@ -281,6 +281,8 @@ class Eclipse:
     """Peers that said they hold the announcement."""
     subnets: list = field(default_factory=list)
     """Different subnets they were met in, as the announcer was told."""
+    crowding: list = field(default_factory=list)
+    """How much denser the neighbourhood is, as the announcer was told."""
     honest_holders: list = field(default_factory=list)
     """Honest nodes that do hold it."""
     most_per_bucket: int = 0
@@ -307,6 +309,7 @@ def eclipse(count, attackers, subnets, *, seed=1, tries=10, paths=1, ground=4000
         seen.read += [entry.subkey for entry in found.entries] == [server.peer]
         seen.holders.append(put.holders)
         seen.subnets.append(put.subnets)
+        seen.crowding.append(round(put.crowding, 1))
         holding = [node for node in nodes if node is not server and node.dht.store.live(key, network.now)]
         seen.honest_holders.append(len(holding))
         _count_caps(seen, nodes, chosen)
