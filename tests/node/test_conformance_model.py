@@ -131,7 +131,7 @@ def test_any_use_of_a_stream(kind):
         stack = contextlib.AsyncExitStack()
         world = runner.run(stack.enter_async_context(kind.world()))
 
-        @settings(max_examples=80)
+        @settings(max_examples=40)
         @given(st.lists(uses, min_size=8, max_size=20))
         def any_use(steps):
             runner.run(play(world, steps))
