@@ -23,8 +23,9 @@ from ..protocol.kad import MAIN_SWARM, MAX_MESSAGE_BYTES, Message, protocol_of
 from ..protocol.multiaddr import Multiaddr
 from ..protocol.records import SignedEntry
 from ..routing.actions import Ask, Finished
-from ..routing.dht import Dht, DhtConfig
+from ..routing.dht import Dht
 from ..routing.keys import blocks_key, models_key
+from ..routing.parameters import DhtConfig
 from ..routing.table import Contact
 from .clock import Clock
 from .host import Host

@@ -33,12 +33,13 @@ from .bans import BackOff
 from .cache import FRESH_S, ReadCache
 from .handover import Handover
 from .keys import position
-from .lookup import ALPHA, Lookup, Wait
+from .lookup import Lookup, Wait
 from .lost import Lost
+from .parameters import DhtConfig
 from .publications import Publications
 from .queries import Held, Locate, Publish, Read, Send, merge
 from .store import MIN_LEASE_S, Source, Store, StoreLimits, Verifier, iter_batches
-from .table import Contact, K, Table
+from .table import Contact, Table
 from .timeouts import Timeouts
 
 MAX_ACTIVE_QUERIES: Final = 32
@@ -52,36 +53,6 @@ REGION: Final = 0.7
 CALM_CHANGES: Final = 2
 """So few newcomers and losses since the last refresh: the next one may wait longer."""
 CALM_FACTOR: Final = 1.5
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DhtConfig:
-    """Parameters of the DHT; the defaults are what docs/spec/kad.md promises."""
-
-    k: int = K
-    """Bucket size, and peers named in an answer."""
-    alpha: int = ALPHA
-    """Questions of one lookup in flight on the way."""
-    paths: int = 1
-    """Disjoint paths of a read or publication that does not say how many."""
-    per_subnet: int = 1
-    """Peers of one /24 that count towards `width` and `replicas` while there are others."""
-    replicas: int = 8
-    """Peers an entry is put to."""
-    width: int = 10
-    """Nearest peers that must have answered before an entry is put or a read is complete."""
-    republish_s: float = 40.0
-    """How often our own entries are signed and put anew."""
-    refresh_s: float = 60.0
-    """How often the table looks for new peers while it changes."""
-    calm_refresh_s: float = 480.0
-    """And how seldom when nobody comes or goes."""
-    maintenance_s: float = 2.0
-    """How often hand-over, liveness and the cache are looked at."""
-    silence_s: float = 90.0
-    """A contact silent for this long is asked whether it still lives; one known for longer than twice that, later."""
-    pings: int = 4
-    """Contacts asked per maintenance round."""
 
 
 @dataclass(slots=True)

@@ -2,7 +2,8 @@
 
     Locate    ask FIND_NODE until the nearest peers have answered
     Read      ask GET_ENTRIES instead; holders answer with pages, the newest entry per signer wins
-    Publish   Locate, then PUT_ENTRIES to the nearest `replicas`; a failed one is replaced by the next nearest
+    Deliver   Locate, then a message to the nearest `replicas`; a failed one is replaced by the next nearest
+    Publish   deliver an entry with PUT_ENTRIES
 
 They only say what to send and keep what came back; dht.py numbers the questions, checks signatures, keeps time.
 """
@@ -130,19 +131,27 @@ class Read(Locate):
         return super().on_reply(contact, closer, message, seen)
 
 
-class Publish(Locate):
-    """Find the peers nearest to an entry's key and put it there."""
+class Deliver(Locate):
+    """Find the peers nearest to a key and give them something to hold."""
 
-    def __init__(self, query_id: int, lookup: Lookup, leased: LeasedEntry, replicas: int) -> None:
-        super().__init__(query_id, leased.entry.key, lookup)
-        self.leased = leased
+    def __init__(self, query_id: int, lookup: Lookup, parcel: Message, replicas: int) -> None:
+        super().__init__(query_id, parcel.key, lookup)
         self.holding: list[Contact] = []
-        """Peers that say they hold the entry."""
+        """Peers that say they hold it."""
         self.subnets: set[str | PeerId] = set()
         """Where they were really met; a peer on a local network counts for itself."""
+        self._parcel = parcel
         self._replicas = replicas
         self._targets: list[Contact] | None = None
         self._deadlines: dict[PeerId, float] = {}
+
+    def parcel(self, contact: Contact) -> Message:
+        """What to give to a peer."""
+        return self._parcel
+
+    def taken(self, reply: Message) -> bool:
+        """Whether a peer's answer says that it holds the parcel now."""
+        raise NotImplementedError
 
     @property
     def putting(self) -> bool:
@@ -160,8 +169,7 @@ class Publish(Locate):
         waiting = [deadline for deadline in self._deadlines.values() if deadline > now]
         if self._targets and len(self.holding) + len(waiting) < self._replicas:
             contact = self._targets.pop()
-            put = Message(type=MessageType.PUT_ENTRIES, key=self.key, entries=(self.leased,))
-            return Send(contact, put)
+            return Send(contact, self.parcel(contact))
         if len(self.holding) >= self._replicas or not self._deadlines:
             return Done()
         return Wait(min(waiting, default=None))  # too few took it: the slow ones may still
@@ -178,10 +186,10 @@ class Publish(Locate):
         self, contact: Contact, closer: list[Contact], message: Message, seen: Multiaddr | None
     ) -> Message | None:
         """Count a put that was taken, or go on with the lookup."""
-        if message.type is not MessageType.PUT_ENTRIES:
+        if message.type is not self._parcel.type:
             return super().on_reply(contact, closer, message, seen)
         self._deadlines.pop(contact.peer, None)
-        if message.accepted > 0:
+        if self.taken(message):
             self.holding.append(contact)
             self.subnets.add(subnet_of(seen) or contact.peer)
         return None
@@ -191,3 +199,15 @@ class Publish(Locate):
         if self.putting:
             self._deadlines.pop(contact.peer, None)
         super().on_failure(contact)
+
+
+class Publish(Deliver):
+    """Find the peers nearest to an entry's key and put it there."""
+
+    def __init__(self, query_id: int, lookup: Lookup, leased: LeasedEntry, replicas: int) -> None:
+        put = Message(type=MessageType.PUT_ENTRIES, key=leased.entry.key, entries=(leased,))
+        super().__init__(query_id, lookup, put, replicas)
+
+    def taken(self, reply: Message) -> bool:
+        """It holds the entry, or had it."""
+        return reply.accepted > 0
