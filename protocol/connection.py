@@ -61,6 +61,8 @@ class Connection:
         """The muxer was agreed inside the Noise handshake."""
         self.session = Session(client=initiator, node_budget=node_budget)
         self._reader = noise.FrameReader()
+        self.get_buffer = self._reader.get_buffer
+        """Where to receive the next bytes; never empty."""
         self._handshake = noise.Handshake(
             static,
             initiator=initiator,
@@ -90,10 +92,6 @@ class Connection:
 
     # -- receiving --
 
-    def get_buffer(self) -> memoryview:
-        """Where to receive the next bytes; never empty."""
-        return self._reader.get_buffer()
-
     def received(self, size: int) -> list[yamux.Event]:
         """`size` bytes were put into the buffer. Raises RemoteProtocolError."""
         reader, opener = self._reader, self._opener
@@ -101,7 +99,7 @@ class Connection:
         if not self.is_open or opener is None:
             return self._received_early()
         events: list[yamux.Event] = []
-        while (message := reader.next_frame()) is not None:
+        for message in reader.frames():
             events += self.session.receive(opener.open(message))
         return events
 
@@ -110,7 +108,7 @@ class Connection:
         if self.phase is Phase.SECURITY and not self._agree_on_security():
             return []
         events: list[yamux.Event] = []
-        while (message := self._reader.next_frame()) is not None:
+        for message in self._reader.frames():
             if self.phase is Phase.NOISE:
                 self._handshake_message(bytes(message))
                 continue

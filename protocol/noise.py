@@ -341,16 +341,18 @@ class FrameReader:
         if self._end == capacity < self.MAX_CAPACITY:
             self._move(2 * capacity)
 
-    def next_frame(self) -> memoryview | None:
-        """The next complete Noise message, without its length; valid until the next get_buffer()."""
-        start, end = self._start, self._end
-        if end - start < 2:
-            return None
-        stop = start + 2 + (self._data[start] << 8 | self._data[start + 1])
-        if stop > end:
-            return None
-        self._start = stop
-        return self._data[start + 2 : stop]
+    def frames(self) -> list[memoryview]:
+        """Consume the complete Noise messages, without their lengths; they are valid until the next get_buffer()."""
+        data, start, end = self._data, self._start, self._end
+        found = []
+        while end - start >= 2:
+            stop = start + 2 + (data[start] << 8 | data[start + 1])
+            if stop > end:
+                break
+            found.append(data[start + 2 : stop])
+            start = stop
+        self._start = start
+        return found
 
     def peek(self) -> memoryview:
         """Everything received and not yet consumed."""

@@ -204,7 +204,8 @@ class Session:
 
         The short way of most messages, past the queues: those cost a small message more than its encryption.
         """
-        if stream.queued or self.has_output:
+        control, decode, bulk = self._ready
+        if stream.queued or control or decode or bulk or self._control or self._windows:
             return None
         size = 0
         for part in parts:
@@ -224,17 +225,15 @@ class Session:
             stream.in_ready = True
             self._ready[stream.priority].append(stream)
 
-    def on_held(self, stream: MuxStream, more: int) -> None:
-        """The stream holds `more` unread bytes than before, or fewer."""
-        self.held += more
-        self.memory.used += more
-        if more > 0:
-            while self.held > MAX_CONNECTION_HELD:
-                self.shed(CONNECTION_REASON)
-            if self.memory.used > self.memory.limit:
-                self.memory.relieve()
-        elif self._ended and not stream.held:
-            self._ended.pop(stream, None)
+    def relieve(self) -> None:
+        """Too many unread bytes are held, here or on the node: come back under both bounds."""
+        while self.held > MAX_CONNECTION_HELD:
+            self.shed(CONNECTION_REASON)
+        self.memory.relieve()
+
+    def on_read(self, stream: MuxStream) -> None:
+        """The stream holds no unread bytes any more."""
+        self._ended.pop(stream, None)
 
     def on_half_window(self, stream: MuxStream) -> None:
         """The stream has half a window to give back."""
@@ -330,26 +329,24 @@ class Session:
             offset += HEADER_SIZE
             if version:
                 raise RemoteProtocolError(f"yamux version {version} is not supported")
-            usual = not (kind or flags) and length <= end - offset
-            if usual and self._data(stream_id, view[offset : offset + length], end, events):
+            if not (kind or flags) and (stream := self._takes(stream_id, length, end - offset)) is not None:
+                stream.on_data(view[offset : offset + length], end)
+                events.append(Readable(stream))
                 offset += length
             elif kind <= FrameType.WINDOW:
                 self._stream_frame(kind, flags, stream_id, length, events)
             else:
                 self._session_frame(kind, flags, length, events)
 
-    def _data(self, stream_id: int, payload: memoryview, whole: int, events: list[Event]) -> bool:
-        """A DATA frame without flags that is here in one piece, as most are; False when _stream_frame() must judge."""
+    def _takes(self, stream_id: int, size: int, available: int) -> MuxStream | None:
+        """Whose DATA frame this is, if it has no flags, is here in one piece and allowed, as most are; else None."""
         stream = self._streams.get(stream_id)
-        size = len(payload)
-        if stream is None or stream.remote_fin or not 0 < size <= stream.recv_credit:
-            return False
+        if stream is None or stream.remote_fin or not 0 < size <= stream.recv_credit or size > available:
+            return None
         stream.recv_credit -= size
         self.tally.frames_in[stream.priority] += 1
         self.tally.bytes_in[stream.priority] += size
-        stream.on_data(payload, whole)
-        events.append(Readable(stream))
-        return True
+        return stream
 
     def _session_frame(self, kind: int, flags: int, value: int, events: list[Event]) -> None:
         self.tally.control_in += 1

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 from .errors import LocalProtocolError, RemoteProtocolError
 from .yamux_frames import INITIAL_WINDOW, Flag, Priority
+from .yamux_memory import MAX_CONNECTION_HELD
 
 if TYPE_CHECKING:
     from .yamux import Session
@@ -198,11 +199,18 @@ class MuxStream:
 
     def _hold(self) -> None:
         """Count what is buffered beyond what is wanted."""
-        held = max(0, self.buffered - self.wanted)
+        held = self.buffered - self.wanted if self.buffered > self.wanted else 0
         more = held - self.held
-        if more:
-            self.held = held
-            self.session.on_held(self, more)
+        if not more:
+            return
+        session, memory = self.session, self.session.memory
+        self.held = held
+        session.held += more
+        memory.used += more
+        if more > 0 and (session.held > MAX_CONNECTION_HELD or memory.used > memory.limit):
+            session.relieve()
+        elif not held:
+            session.on_read(self)
 
     def _grant(self) -> None:
         """Announce more credit when half the window is free; callers know that half of it is used."""

@@ -228,9 +228,25 @@ class Wire(asyncio.BufferedProtocol):
         if not was_open and connection.is_open:
             self._handshake_done()
         for event in events:
-            self._dispatch(event)
-        if connection.has_output:
+            if isinstance(event, Readable):
+                self._arrived(event.stream)
+            else:
+                self._dispatch(event)
+        if self._session.has_output or not was_open:
             self.pump()
+
+    def _arrived(self, mux: MuxStream) -> None:
+        """Bytes, EOF or a reset: wake the reader when all is here that it waits for."""
+        if self._early >= 0:
+            self._early = -1
+            self._wake_openers()
+        if mux.reset_by is not None:
+            self._wake_stream(mux.id)
+            self._wake_openers()
+        elif mux.buffered >= mux.wanted or mux.remote_fin:
+            waiter = self.readers.get(mux.id)
+            if waiter is not None and not waiter.done():
+                waiter.set_result(None)
 
     def eof_received(self) -> bool:
         """The peer closed its side of the link: it is gone, libp2p has no half-closed connections."""
@@ -389,19 +405,7 @@ class Wire(asyncio.BufferedProtocol):
     # -- events --
 
     def _dispatch(self, event: Event) -> None:
-        if isinstance(event, Readable):
-            if self._early >= 0:
-                self._early = -1
-                self._wake_openers()
-            mux = event.stream
-            if mux.reset_by is not None:
-                self._wake_stream(mux.id)
-                self._wake_openers()
-            elif mux.buffered >= mux.wanted or mux.remote_fin:
-                waiter = self.readers.get(mux.id)
-                if waiter is not None and not waiter.done():
-                    waiter.set_result(None)
-        elif isinstance(event, Writable):
+        if isinstance(event, Writable):
             if self._openers:
                 self._wake_openers()
         elif isinstance(event, Opened):

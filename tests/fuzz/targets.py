@@ -219,8 +219,7 @@ def run_noise_frames(data):
         buffer[:size] = data[at : at + size]
         reader.commit(size)
         at += size
-        while (message := reader.next_frame()) is not None:
-            got.append(bytes(message))
+        got += map(bytes, reader.frames())
     at = 0
     for message in got:
         size = int.from_bytes(data[at : at + 2], "big")

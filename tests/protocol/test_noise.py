@@ -170,8 +170,7 @@ def feed(reader: FrameReader, data: bytes, sizes) -> list[bytes]:
         buffer[:size] = data[:size]
         reader.commit(size)
         data = data[size:]
-        while (frame := reader.next_frame()) is not None:
-            found.append(bytes(frame))
+        found += map(bytes, reader.frames())
     return found
 
 

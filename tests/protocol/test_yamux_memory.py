@@ -66,7 +66,8 @@ def test_only_bytes_that_no_reader_waits_for_count():
 
 
 def test_a_connections_bound_is_exact_and_the_fullest_stream_pays(monkeypatch):
-    monkeypatch.setattr("swarmnode.protocol.yamux.MAX_CONNECTION_HELD", 1000)
+    for module in ("yamux", "yamux_stream"):
+        monkeypatch.setattr(f"swarmnode.protocol.{module}.MAX_CONNECTION_HELD", 1000)
     peer = Flooded()
     peer.open(1, 3, 5)
     peer.send(1, 300)
