@@ -43,6 +43,22 @@ class Connection:
     `initiator` is a negotiated role: usually, not always, the side that dialed.
     """
 
+    __slots__ = (
+        "_handshake",
+        "_negotiation",
+        "_opener",
+        "_out",
+        "_reader",
+        "_scratch",
+        "_sealer",
+        "early_muxer",
+        "get_buffer",
+        "initiator",
+        "is_open",
+        "phase",
+        "session",
+    )
+
     def __init__(
         self,
         static: noise.StaticKey,

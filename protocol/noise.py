@@ -167,6 +167,8 @@ class XX:
 class Sealer:
     """Encrypts one direction of the transport phase."""
 
+    __slots__ = ("_cipher", "_counter")
+
     def __init__(self, key: bytes) -> None:
         self._cipher = ChaCha20Poly1305(key)
         self._counter = 0
@@ -184,6 +186,8 @@ class Sealer:
 
 class Opener:
     """Decrypts the other direction."""
+
+    __slots__ = ("_cipher", "_counter")
 
     def __init__(self, key: bytes) -> None:
         self._cipher = ChaCha20Poly1305(key)
@@ -312,6 +316,8 @@ class FrameReader:
 
     It starts small, for idle connections are many; it doubles when a read fills it, up to `MAX_CAPACITY`.
     """
+
+    __slots__ = ("_data", "_end", "_start")
 
     MIN_CAPACITY: Final = 4096
     MAX_CAPACITY: Final = 256 * 1024

@@ -82,6 +82,31 @@ class Budget:
 class Session:
     """One yamux connection. `client` is the side that dialed, by negotiated role; its stream ids are odd."""
 
+    __slots__ = (
+        "_budgets",
+        "_control",
+        "_end_flags",
+        "_ended",
+        "_left",
+        "_next_id",
+        "_partial",
+        "_ready",
+        "_streams",
+        "_target",
+        "_windows",
+        "drained",
+        "frame_limit",
+        "held",
+        "inbound",
+        "memory",
+        "now",
+        "on_shed",
+        "rtt_s",
+        "tally",
+        "unacked",
+        "went_away",
+    )
+
     stream_class: ClassVar[type[MuxStream]] = MuxStream
     """What streams are made of; a recorder makes them of its own kind."""
 

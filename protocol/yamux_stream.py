@@ -137,7 +137,7 @@ class MuxStream:
             if end == len(first):
                 self._chunks.popleft()
                 self._head = 0
-        if self.held:
+        if self.held > self.buffered:
             self._hold()
         if 2 * self.recv_credit <= self.window:
             self._grant()

@@ -78,7 +78,7 @@ class MuxedStream:
 
     async def read_exactly(self, n: int) -> bytes:
         """Exactly `n` bytes; asyncio.IncompleteReadError at EOF."""
-        mux = self._mux
+        mux, wire = self._mux, self._wire
         if self._dialer is not None:
             await self._agree()
         while mux.buffered < n:
@@ -86,14 +86,21 @@ class MuxedStream:
                 self._raise_if_reset()
             if mux.remote_fin:
                 raise asyncio.IncompleteReadError(self._take(mux.buffered), n)
-            waiter = self._start_waiting(n)
+            # _readable(n), written out: the wait of every message
+            if wire.error is not None or mux.discarding or mux.id in wire.readers:
+                self._raise_if_unreadable()
+            waiter = wire.readers[mux.id] = wire.loop.create_future()
+            mux.want(n)
+            if mux.announce_due:
+                wire.pump_soon()
             try:
                 await waiter
             finally:
-                self._stop_waiting()
+                mux.want(0)
+                del wire.readers[mux.id]
         data = mux.take(n)
         if mux.announce_due:
-            self._wire.pump_soon()
+            wire.pump_soon()
         return data
 
     def _take(self, size: int) -> bytes:
@@ -105,13 +112,6 @@ class MuxedStream:
 
     async def _readable(self, size: int) -> None:
         """Wait until `size` bytes are buffered, or EOF, or reset."""
-        waiter = self._start_waiting(size)
-        try:
-            await waiter
-        finally:
-            self._stop_waiting()
-
-    def _start_waiting(self, size: int) -> asyncio.Future[None]:
         mux, wire = self._mux, self._wire
         if wire.error is not None or mux.discarding or mux.id in wire.readers:
             self._raise_if_unreadable()
@@ -119,11 +119,11 @@ class MuxedStream:
         mux.want(size)
         if mux.announce_due:
             wire.pump_soon()
-        return waiter
-
-    def _stop_waiting(self) -> None:
-        self._mux.want(0)
-        del self._wire.readers[self._mux.id]
+        try:
+            await waiter
+        finally:
+            mux.want(0)
+            del wire.readers[mux.id]
 
     def propose(self, protocol: str) -> None:
         """Speak `protocol` from now on without waiting for the peer's consent: it is known to speak it.

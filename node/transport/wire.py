@@ -75,6 +75,43 @@ class WireEvents:
 class Wire(asyncio.BufferedProtocol):
     """A multiplexed connection. Made by a transport, owned by the host."""
 
+    __slots__ = (
+        "_bytes_out_then",
+        "_clock",
+        "_connection",
+        "_descriptor",
+        "_early",
+        "_events",
+        "_handshake_timeout_s",
+        "_lingering",
+        "_lost",
+        "_openers",
+        "_pace",
+        "_pace_due",
+        "_paused",
+        "_ping_id",
+        "_pings",
+        "_pump_due",
+        "_session",
+        "_stalls",
+        "_timer",
+        "_transport",
+        "address",
+        "bulk",
+        "bytes_in",
+        "bytes_out",
+        "cut_for",
+        "error",
+        "life",
+        "loop",
+        "opened_at",
+        "outbound",
+        "readers",
+        "rtt_s",
+        "used_at",
+        "writers",
+    )
+
     def __init__(
         self,
         connection: Connection,
