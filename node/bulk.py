@@ -3,7 +3,8 @@
 On a path of some length one connection serves both badly. Cubic, which is good for tokens, fills the bottleneck's
 queue as soon as bulk flows, and every token waits behind it; BBR, which does not, paces tokens. And what the kernel
 keeps for retransmission (tcp_wmem, 4 MB by default) bounds one connection to about 3 MB per round trip. So streams
-opened with bulk=True get connections of their own with BBR, as many as it takes to fill 1 Gbit/s.
+opened with bulk=True get connections of their own with BBR: one, and more when it shows that the line takes more
+than one can carry. Not from the start, for several BBR flows on a line that one could fill do fill its queue.
 
 The side that dials such a connection marks it by opening one stream of PROTOCOL on it, which tells the other side to
 treat it likewise. Only peers that name PROTOCOL in identify are asked, so others never see any of this; a peer that
@@ -25,6 +26,7 @@ from .dialer import Dialer
 from .tasks import Supervisor
 from .transport import tcp
 from .transport.base import ConnectionClosed, Stream
+from .transport.bbr import Startup
 from .transport.stream import MuxedStream
 from .transport.wire import Wire
 from .wires import Wires
@@ -39,14 +41,16 @@ WORTH_RTT_S: Final = 0.003
 """On shorter paths the priorities inside one connection are enough."""
 LANE_BYTES: Final = 2_800_000
 """What one connection has under way at most: 28 MB/s measured at 100 ms, whatever the windows (tcp_wmem 4 MB)."""
-LINE_RATE: Final = 125_000_000
-"""Bytes a second that lanes shall be able to fill: 1 Gbit/s."""
 MAX_LANES: Final = 5
-"""Bulk connections with one peer, whoever dialed them: what LINE_RATE takes at 100 ms."""
+"""Bulk connections with one peer, whoever dialed them: what 1 Gbit/s takes at 100 ms."""
+HEADROOM: Final = 2.0
+"""Lanes are for this many times what flows: a lane that its buffer holds up calls for a second one."""
+SAMPLE_S: Final = 0.5
+"""Time between two looks at how much flows."""
+FADING: Final = 0.9
+"""A rate is remembered this much from one look to the next: data comes in bursts."""
 IDLE_S: Final = 30.0
 """A bulk connection without streams for this long is closed by the side that dialed it."""
-CHECK_S: Final = 5.0
-"""Time between two looks for idle ones."""
 RETRY_S: Final = 60.0
 """How long a peer that did not take one is not asked again."""
 MAX_LEFT_ALONE: Final = 1024
@@ -69,14 +73,17 @@ class Bulk:
         self._tasks = tasks
         self._dials: dict[PeerId, set[asyncio.Future[None]]] = {}
         self._left_alone: dict[PeerId, float] = {}  # until when
-        self._trimming = False
+        self._watching = False
+        self._lanes: dict[Wire, _Lane] = {}
+        self._looked_at = 0.0
+        self._rates: dict[PeerId, float] = {}  # bytes a second over all lanes with a peer, both ways
 
     def register(self) -> None:
         """Answer marks."""
         self._host.handle(PROTOCOL, self._marked, max_streams_per_peer=MAX_MARKS)
 
     def lanes(self, peer: PeerId) -> int:
-        """Bulk connections worth having with a peer; 0 when the ordinary one will do."""
+        """Bulk connections worth having with a peer, as far as one knows; 0 when the ordinary one will do."""
         main = next((wire for wire in self._wires.to(peer) if wire.is_open and not wire.bulk), None)
         if main is None or main.address.is_relayed or PROTOCOL not in self._host.book.get(peer).protocols:
             return 0
@@ -84,7 +91,7 @@ class Bulk:
         rtt_s = _round_trip(main)
         if (ip is not None and ip.is_loopback) or rtt_s < WORTH_RTT_S:
             return 0
-        return min(MAX_LANES, math.ceil(rtt_s * LINE_RATE / LANE_BYTES))
+        return max(1, min(MAX_LANES, math.ceil(HEADROOM * self._rates.get(peer, 0.0) * rtt_s / LANE_BYTES)))
 
     async def wire(self, peer: PeerId) -> Wire | None:
         """The connection for one more bulk stream; None: the ordinary one. Never raises but when cancelled."""
@@ -141,7 +148,7 @@ class Bulk:
             if not self._dials[peer]:
                 del self._dials[peer]
             pending.set_result(None)
-        self._start_trimming()
+        self._start_watching()
         return made
 
     async def _mark(self, wire: Wire) -> None:
@@ -155,24 +162,41 @@ class Bulk:
             stream.reset()
             raise
 
-    def _start_trimming(self) -> None:
-        if not self._trimming and self._tasks.has_room:
-            self._trimming = True
-            self._tasks.start(self._trim(), "close idle bulk connections")
+    # -- while there are any --
 
-    async def _trim(self) -> None:
-        """Runs while there are bulk connections that we dialed."""
+    def _start_watching(self) -> None:
+        if not self._watching and self._tasks.has_room:
+            self._watching = True
+            self._tasks.start(self._watch(), "watch bulk connections")
+
+    async def _watch(self) -> None:
+        """Look at all bulk connections in turns, until there are none."""
         try:
-            while ours := [wire for wire in self._wires if wire.bulk and wire.outbound]:
-                self._close_idle(ours)
-                await asyncio.sleep(CHECK_S)
+            while lanes := [wire for wire in self._wires if wire.bulk]:
+                self._measure(lanes)
+                self._close_idle(lanes)
+                await asyncio.sleep(SAMPLE_S)
         finally:
-            self._trimming = False
+            self._watching = False
+            self._lanes.clear()
+            self._rates.clear()
 
-    def _close_idle(self, wires: Iterable[Wire]) -> None:
+    def _measure(self, lanes: Iterable[Wire]) -> None:
+        """How much flows to and from each peer, and whether BBR makes anything of it."""
         now = self._host.clock.now()
-        for wire in wires:
-            if not _load(wire) and now - wire.used_at >= IDLE_S:
+        elapsed_s = max(now - self._looked_at, SAMPLE_S)
+        self._looked_at = now
+        self._lanes = {wire: self._lanes.get(wire) or _Lane(wire) for wire in lanes}
+        rates = dict.fromkeys((wire.remote for wire in self._lanes), 0.0)
+        for wire, lane in self._lanes.items():
+            rate_in, rate_out = lane.look(wire, elapsed_s)
+            rates[wire.remote] += rate_in + rate_out
+        self._rates = {peer: max(rate, FADING * self._rates.get(peer, 0.0)) for peer, rate in rates.items()}
+
+    def _close_idle(self, lanes: Iterable[Wire]) -> None:
+        now = self._host.clock.now()
+        for wire in lanes:
+            if wire.outbound and not _load(wire) and now - wire.used_at >= IDLE_S:
                 wire.close("idle")
 
     # -- the accepting side --
@@ -186,8 +210,27 @@ class Bulk:
             stream.reset()
             return
         wire.bulk = True
+        self._start_watching()
         if wire.socket is not None:
             tcp.control_congestion(wire.socket, tcp.BULK)
+
+
+class _Lane:
+    """A bulk connection between two looks at it."""
+
+    def __init__(self, wire: Wire) -> None:
+        self._bytes_in = wire.bytes_in
+        self._bytes_out = wire.bytes_out
+        self._startup = Startup(wire.socket) if wire.socket is not None else None
+
+    def look(self, wire: Wire, elapsed_s: float) -> tuple[float, float]:
+        """Bytes a second that came and went since the last look."""
+        rate_in = (wire.bytes_in - self._bytes_in) / elapsed_s
+        rate_out = (wire.bytes_out - self._bytes_out) / elapsed_s
+        self._bytes_in, self._bytes_out = wire.bytes_in, wire.bytes_out
+        if self._startup is not None:
+            self._startup.look(rate_out)
+        return rate_in, rate_out
 
 
 def _load(wire: Wire) -> int:

@@ -374,7 +374,7 @@ class Host:
         """A stream to the peer's handler of `protocol`, connecting first if need be.
 
         `bulk`: much will flow, and nobody waits for single bytes. On a long path such streams get connections of
-        their own; open bulk_lanes() of them at once to fill the line.
+        their own; keep bulk_lanes() of them open to fill the line.
         A peer known to speak the protocol costs no round trip: the proposal travels with the first bytes
         written. To our own peer id the stream stays inside the process. Raises PeerUnreachable,
         ProtocolUnsupported, DeadlineExceeded, or ConnectionClosed when the connection breaks meanwhile.
@@ -393,7 +393,10 @@ class Host:
             raise DeadlineExceeded(f"{peer} did not answer for {protocol} within {timeout_s:g} s") from None
 
     def bulk_lanes(self, peer: PeerId) -> int:
-        """How many bulk streams at once fill the line to a connected peer; 1 when more would not help."""
+        """How many bulk streams at once fill the line to a connected peer, as far as it has shown what it can.
+
+        1 at first and where more would not help; ask again while data flows.
+        """
         return max(1, self._bulk.lanes(peer))
 
     async def open_on(self, wire: Wire, protocol: str) -> MuxedStream:

@@ -170,7 +170,9 @@ def tune(sock: socket.socket, *, bulk: bool = False) -> None:
 
 
 class Tunable(Protocol):
-    """What congestion control is set on: a socket, or what an event loop shows of one."""
+    """A socket, or what an event loop shows of one."""
+
+    def getsockopt(self, level: int, option: int, size: int, /) -> bytes: ...
 
     def setsockopt(self, level: int, option: int, value: bytes, /) -> None: ...
 

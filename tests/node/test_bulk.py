@@ -28,8 +28,8 @@ def far_apart(rtt_s=RTT_S):
     return MemoryNetwork(random.Random(0), latency_s=rtt_s / 2)
 
 
-async def introduced(one, two):
-    """Connected, and told what the other speaks."""
+async def introduced(one, two, *, rate=1e9):
+    """Connected, and told what the other speaks; as if `rate` had been seen to flow."""
     for host in (one, two):
         host.handle(SINK, sink)
         host.handle(HOLD, hold)
@@ -38,6 +38,7 @@ async def introduced(one, two):
         one.book.get(two.peer_id).protocols and two.book.get(one.peer_id).protocols
     ):
         await asyncio.sleep(0.01)
+    one._bulk._rates[two.peer_id] = rate
 
 
 def kinds(host):
@@ -88,11 +89,48 @@ async def test_a_lane_per_stream_until_there_are_enough():
 @pytest.mark.parametrize(("rtt_s", "lanes"), [(0.002, 0), (0.01, 1), (0.05, 3), (0.1, 5), (0.3, 5)])
 async def test_how_many_lanes_a_path_deserves(rtt_s, lanes):
     async with hosts("memory", 2, network=far_apart(rtt_s)) as (one, two):
-        await introduced(one, two)
+        await introduced(one, two, rate=80e6)
         assert one.bulk_lanes(two.peer_id) == max(1, lanes)
         streams = [await one.open_stream(two.peer_id, SINK, bulk=True) for _ in range(7)]
         assert kinds(one) == (1, lanes)
         assert all(wire(stream).bulk == bool(lanes) for stream in streams)
+
+
+@pytest.mark.parametrize(("rate", "lanes"), [(10e6, 1), (13e6, 1), (20e6, 5)])
+async def test_lanes_are_added_when_the_line_takes_more_than_they_carry(rate, lanes):
+    # each link of this network has the rate: as if a buffer held it up there
+    network = MemoryNetwork(random.Random(0), latency_s=RTT_S / 2, rate=rate)
+    async with hosts("memory", 2, network=network) as (one, two):
+        await introduced(one, two, rate=0)
+        assert one.bulk_lanes(two.peer_id) == 1
+        async with asyncio.TaskGroup() as group:
+            pumps = []
+            for _ in range(8):
+                while len(pumps) < one.bulk_lanes(two.peer_id):
+                    stream = await one.open_stream(two.peer_id, SINK, bulk=True)
+                    pumps.append(group.create_task(pump(stream)))
+                await asyncio.sleep(2 * bulk.SAMPLE_S)
+            assert kinds(one) == (1, lanes)
+            # who receives sees the same
+            assert two.bulk_lanes(one.peer_id) == lanes
+            for task in pumps:
+                task.cancel()
+
+
+async def pump(stream):
+    while True:
+        await stream.write(bytes(1 << 16))
+
+
+async def test_what_has_flowed_is_forgotten_with_the_last_lane():
+    async with hosts("memory", 2, network=far_apart()) as (one, two):
+        await introduced(one, two)
+        await (await one.open_stream(two.peer_id, SINK, bulk=True)).close()
+        await asyncio.sleep(3 * bulk.IDLE_S)
+        for host, other in ((one, two), (two, one)):
+            assert host.bulk_lanes(other.peer_id) == 1
+            assert not host._bulk._rates
+            assert not host._bulk._lanes
 
 
 async def test_before_the_first_keepalive_the_handshake_tells_the_distance():

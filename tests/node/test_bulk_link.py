@@ -9,7 +9,7 @@ import socket
 import pytest
 from helpers.hosts import key
 from swarmnode.node.host import Host
-from swarmnode.node.transport import tcp
+from swarmnode.node.transport import bbr, tcp
 from swarmnode.node.transport.tcp import TcpTransport
 from swarmnode.protocol.multiaddr import Multiaddr
 
@@ -71,3 +71,28 @@ async def test_each_connection_has_its_congestion_control_at_both_ends(lab):
         expected = {False: {first_of(tcp.LATENCY)}, True: {first_of(tcp.BULK)}}
         assert expected[False] != expected[True]
         assert controls(one) == controls(two) == expected
+
+
+@pytest.mark.slow
+async def test_bbr_leaves_its_start_where_the_send_buffer_is_too_small_for_that(lab):
+    async with connected(lab, delay_ms=50, rate_mbit=100) as (one, two):
+        heavy = await one.open_stream(two.peer_id, SINK, bulk=True)
+        if congestion(heavy.wire.socket) != b"bbr":
+            pytest.skip("no BBR here")
+
+        async def pump():
+            while True:
+                await heavy.write(bytes(1 << 20))
+
+        async def settled():
+            while bbr.startup_bandwidth(heavy.wire.socket) is None:  # noqa: ASYNC110 - the kernel does not call us
+                await asyncio.sleep(0.05)
+            while bbr.startup_bandwidth(heavy.wire.socket) is not None:  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+
+        pumping = asyncio.get_running_loop().create_task(pump())
+        async with asyncio.timeout(60):
+            await settled()
+        pumping.cancel()
+        heavy.reset()
+        await asyncio.gather(pumping, return_exceptions=True)
