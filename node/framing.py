@@ -14,6 +14,9 @@ from ..protocol.wire import Catalogue, Message
 from .transport.base import Priority, Stream
 
 NO_PAYLOAD: Final = 0
+URGENT_BYTES: Final = 64 * 1024
+"""A message with more payload than this is no decode step: it goes as bulk whatever its stream, or every session's
+tokens would wait for another one's prompt on the same connection."""
 
 
 class FrameStream:
@@ -24,6 +27,7 @@ class FrameStream:
         self.catalogue = catalogue
         self.max_payload = max_payload
         """Largest payload accepted; raised once a session has negotiated one."""
+        self._priority = Priority.BULK
         self._sending = asyncio.Lock()
 
     async def receive(self) -> tuple[Message, bytes] | None:
@@ -50,13 +54,20 @@ class FrameStream:
         """Send one frame; returns when the stream has taken it. Raises OSError when the stream broke."""
         header = pack(message.to_header(), len(payload))
         async with self._sending:
-            if payload:
+            if len(payload) > URGENT_BYTES:
+                self.stream.set_priority(Priority.BULK)
+                try:
+                    await self.stream.write(header, payload)
+                finally:
+                    self.stream.set_priority(self._priority)
+            elif payload:
                 await self.stream.write(header, payload)
             else:
                 await self.stream.write(header)
 
     def set_priority(self, priority: Priority) -> None:
-        """Which stream goes first on a busy connection."""
+        """Which stream goes first on a busy connection; only large messages go later."""
+        self._priority = priority
         self.stream.set_priority(priority)
 
     def reset(self) -> None:

@@ -246,8 +246,8 @@ class ServerSession:
             async with asyncio.timeout(HOP_TIMEOUT_S):
                 addresses = [Multiaddr.parse(text) for text in self.machine.next_addresses]
                 stream = await self._host.open_stream(peer, SESSION_PROTOCOL, addrs=addresses)
-            stream.set_priority(Priority.DECODE)
             frames = FrameStream(stream, TO_PREVIOUS)
+            frames.set_priority(Priority.DECODE)
             try:
                 await frames.send(Attach(session=self.machine.id, start=self.machine.end))
                 async with asyncio.TaskGroup() as both:
