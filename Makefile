@@ -7,7 +7,7 @@ export PYTHONSAFEPATH := 1
 # Nothing here may depend on the Hub: the demo's weights come from the package index.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help install demo test test-all check format bench clean
+.PHONY: help install demo test test-all check format bench sim clean
 
 help:
 	@echo "make demo      split Gemma 3 270M over three processes and kill one (installs first)"
@@ -15,6 +15,7 @@ help:
 	@echo "make check     formatting, lint, types, import rules, docs"
 	@echo "make format    reformat and fix what can be fixed"
 	@echo "make bench     measure this machine"
+	@echo "make sim       simulate the DHT with up to 10,000 nodes (hours; SIM=--quick: minutes)"
 
 install: $(VENV)/.installed
 
@@ -44,6 +45,9 @@ check: install
 format: install
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+sim: install
+	PYTHONPATH=tests $(BIN)/python -m sim.report $(SIM)
 
 bench: install
 	set -e; for name in planner engine transport chain decode; do \

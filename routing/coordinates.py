@@ -5,7 +5,12 @@ and nudges it after each measured round trip until distances predict round trips
 paper's own choice. The planner needs this because the client measures only its own links, while most hops of a chain
 are between two servers.
 
-Coordinates come from strangers: values are clipped, and one sample moves us at most MAX_STEP_S.
+Coordinates come from strangers, and answers can be delayed: values are clipped, one sample moves us at most MAX_STEP_S,
+and, once our own error is low, no farther than that error makes plausible; nobody's claim to be certain counts for more
+than MIN_REMOTE_ERROR, and a sample can at most double our idea of our error. Measured (tests/sim, 150 peers over nine
+regions): a median error of 12 % after 300 samples each, and of 12 to 20 % after a hundred more with one peer in ten
+lying wildly; without these four rules 56 to 94 %. With one liar in five it is 16 to 52 %, and our own error says so.
+Liars among the very first peers of a swarm do spoil it.
 """
 
 from __future__ import annotations
@@ -24,6 +29,13 @@ MIN_HEIGHT_S: Final = 1e-5
 MIN_ERROR: Final = 0.02
 MAX_ERROR: Final = 1.0
 MAX_STEP_S: Final = 0.25
+MIN_REMOTE_ERROR: Final = 0.2
+SETTLED_ERROR: Final = 0.8
+"""Below this our place means something, and samples that contradict it wildly are more likely lies."""
+PLAUSIBLE: Final = 3.0
+"""Residuals count up to so many times our own error."""
+NEAR_S: Final = 0.02
+"""Predictions below this are taken for this when judging what is plausible."""
 _ERROR_GAIN: Final = 0.25
 """The paper's c_e: how fast the error estimate follows."""
 _MOVE_GAIN: Final = 0.25
@@ -62,12 +74,15 @@ def moved(own: Coordinate, other: Coordinate, rtt_s: float, rng: random.Random) 
     """Our coordinate after measuring `rtt_s` to a peer that says it is at `other`."""
     if not 0.0 < rtt_s <= MAX_S:
         return own
-    weight = own.error / max(own.error + other.error, MIN_ERROR)
+    weight = own.error / (own.error + max(other.error, MIN_REMOTE_ERROR))
     predicted = own.rtt_s(other)
     sample_error = min(abs(predicted - rtt_s), rtt_s) / rtt_s  # at most 1: one odd sample must not blind us
     gain = _ERROR_GAIN * weight
-    error = min(max(sample_error * gain + own.error * (1 - gain), MIN_ERROR), MAX_ERROR)
-    force = _MOVE_GAIN * weight * (rtt_s - predicted)
+    error = min(sample_error, 2 * own.error) * gain + own.error * (1 - gain)
+    error = min(max(error, MIN_ERROR), MAX_ERROR)
+    basis_s = rtt_s if own.error > SETTLED_ERROR else min(rtt_s, max(predicted, NEAR_S))
+    limit_s = PLAUSIBLE * max(own.error, MIN_REMOTE_ERROR / 2) * basis_s
+    force = _MOVE_GAIN * weight * min(max(rtt_s - predicted, -limit_s), limit_s)
     force = min(max(force, -MAX_STEP_S), MAX_STEP_S)
     away_x, away_y, away_height = _direction(own, other, rng)
     return Coordinate(

@@ -83,7 +83,8 @@ def teach(network, nodes, samples=40):
             if other is not node:
                 there_s = network.latency.delay_s(node.number, other.number, network.rng)
                 back_s = network.latency.delay_s(other.number, node.number, network.rng)
-                node.dht.timeouts.observe(other.peer, there_s + back_s)
+                greeting_s = network.handshake * network.latency.rtt_s(node.number, other.number)
+                node.dht.timeouts.observe(other.peer, there_s + back_s + greeting_s)
 
 
 def mean_rtt_s(network, nodes, pairs=4000):

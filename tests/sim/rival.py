@@ -79,7 +79,7 @@ class _Protocol:
         ]
 
 
-def crawl(network, asker, key, *, tables=None, timeout_s=TIMEOUT_S):
+def crawl(network, asker, key, *, tables=None, timeout_s=TIMEOUT_S, width=K):
     """One lookup. Returns the keys of the nodes it names, the seconds it took and the questions it asked."""
     loop = VirtualLoop()
     tables = tables or OurTables()
@@ -88,7 +88,7 @@ def crawl(network, asker, key, *, tables=None, timeout_s=TIMEOUT_S):
 
     async def find():
         seeds = tables.closest(asker, target.id)
-        spider = NodeSpiderCrawl(protocol, target, seeds, K, ALPHA)
+        spider = NodeSpiderCrawl(protocol, target, seeds, width, ALPHA)
         return await spider.find()
 
     try:

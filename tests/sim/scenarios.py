@@ -13,6 +13,7 @@ from sim.latency import World
 from sim.network import Network
 from sim.population import acquaint, entrance, fail_silently, grow, mean_rtt_s, nearest, recall, teach, warm
 from sim.villains import Gang
+from swarmnode.routing.coordinates import Coordinate, moved
 from swarmnode.routing.keys import models_key
 from swarmnode.routing.table import subnet_of
 
@@ -405,10 +406,12 @@ class Size:
     kilobytes_per_hour: float
     """Sent by a node, all in all."""
     questions_per_minute: float
-    handover_share: float
+    put_share: float
     """Part of the bytes that are entries put: publications and hand-overs."""
     cached: float
-    """Share of repeated reads of a hot key answered from memory."""
+    """Share of uses of a key, one every 3 s, that memory answered at once."""
+    held: float
+    """Share of the 4 nodes truly nearest to a key, newcomers of ten seconds' age included, that hold an entry."""
 
 
 def size(count, *, seed=1, minutes=2.0, share_per_minute=0.02, server_share=0.1, tries=200):
@@ -446,24 +449,67 @@ def size(count, *, seed=1, minutes=2.0, share_per_minute=0.02, server_share=0.1,
         lost=0,
         kilobytes_per_hour=sent / count / minutes * 60 / 1000,
         questions_per_minute=messages / 2 / count / minutes,
-        handover_share=put / sent,
+        put_share=put / sent,
         cached=0.0,
+        held=0.0,
     )
-    still(network)
+    _look_around(network, result, {node: home[node.number] for node in servers}, tries, rng)
+    return result
+
+
+def _look_around(network, result, home, tries, rng):
+    """Put look-ups and reads to random nodes, twenty a second while life goes on, and judge them."""
     alive = [node for node in network.live if network.now - node.born > 10]
     rtt_s = mean_rtt_s(network, alive)
-    for number in range(tries):
-        key, asker = Random(f"{seed} {number}").randbytes(32), rng.choice(alive)
-        found, took_s = network.locate(asker, key)
-        result.lookup.note(recall(network.live, asker, key, found.contacts), took_s / rtt_s, found.asked)
-        key, reader = rng.choice(keys), rng.choice(alive)
-        found, took_s = network.read(reader, key)
-        result.read_s.append(took_s)
-        wanted = {node.peer for node in servers if node.alive and home[node.number] == key}
+    keys = sorted(set(home.values()))
+    asked = []
+    for _ in range(tries):
+        for key in (rng.randbytes(32), rng.choice(keys)):
+            node = rng.choice(alive)
+            start = node.dht.read if key in keys else node.dht.locate
+            asked.append((node, key, start(key, network.now), network.now))
+            network.pump(node)
+        network.run(0.05)
+    network.run(10)
+    result.held = _held(network, home)
+    result.cached = _cached(network, keys, rng.sample(alive, 20), rng)
+    for node, key, query, started in asked:
+        if not node.alive:
+            continue
+        when, found = node.finished[query]
+        if key not in keys:
+            recalled = recall(network.live, node, key, found.contacts)
+            result.lookup.note(recalled, (when - started) / rtt_s, found.asked)
+            continue
+        wanted = {server.peer for server, at in home.items() if server.alive and at == key}
+        result.read_s.append(when - started)
         result.entries += len(wanted)
         result.lost += len(wanted - {entry.subkey for entry in found.entries})
-        result.cached += (reader.dht.recent(key, network.now) is not None) / tries
-    return result
+
+
+def _held(network, home):
+    elders = [node for node in network.live if network.now - node.born > 10]
+    shares = []
+    for key in sorted(set(home.values()))[:20]:
+        wanted = {server.peer for server, at in home.items() if server.alive and at == key}
+        for node in nearest(elders, key, 4):
+            has = {leased.entry.subkey for leased in node.dht.store.live(key, network.now)}
+            shares.append(len(wanted & has) / max(1, len(wanted)))
+    return mean(shares)
+
+
+def _cached(network, keys, users, rng):
+    hits, uses = 0, 20
+    wanted = {user: rng.choice(keys) for user in users}
+    for _ in range(uses):
+        for user, key in wanted.items():
+            if user.dht.recent(key, network.now) is not None:
+                hits += 1
+            else:
+                user.dht.read(key, network.now)
+                network.pump(user)
+        network.run(3)
+    return hits / uses / len(users)
 
 
 def _announce(network, node, key):
@@ -475,3 +521,60 @@ def _announce(network, node, key):
 def _swap(network, victim):
     network.kill(victim)
     network.add(entrance(network))
+
+
+# Coordinates
+
+
+@dataclass
+class Places:
+    """How well coordinates predict round trips."""
+
+    median: float
+    """Median relative error over random pairs of honest peers, against undisturbed round trips."""
+    ninth: float
+    """Nine of ten pairs are better."""
+    own: float
+    """Median of what the peers believe of themselves."""
+
+
+def _wild(rng, own):
+    return Coordinate(x=rng.uniform(-10, 10), y=rng.uniform(-10, 10), height=rng.uniform(0, 10), error=0.0), 0.0
+
+
+def _steady(rng, own):
+    return Coordinate(x=8.0, y=8.0, height=0.0, error=0.0), 0.0
+
+
+def _beside(rng, own):
+    return Coordinate(x=own.x, y=own.y, height=0.0, error=0.0), rng.uniform(0.0, 3.0)
+
+
+LIES = {"wild": _wild, "steady": _steady, "beside us, answers late": _beside}
+"""What a liar claims, and how much it delays its answer."""
+
+
+def places(count, samples, *, liars=0.0, lie="wild", liars_from=0, seed=1):
+    """Everybody measures somebody `samples` times; from the `liars_from`th on a share of the peers lies."""
+    rng = Random(seed)
+    earth = World(rng)
+    earth.place(count - 1)
+    held = [Coordinate() for _ in range(count)]
+    villains = set(rng.sample(range(count), int(liars * count)))
+    honest = [number for number in range(count) if number not in villains]
+    for turn in range(samples):
+        for own in honest:
+            other = rng.randrange(count)
+            if other == own or (other in villains and turn < liars_from):
+                continue
+            rtt_s = earth.delay_s(own, other, rng) + earth.delay_s(other, own, rng)
+            claim = held[other]
+            if other in villains:
+                claim, delay_s = LIES[lie](rng, held[own])
+                rtt_s += delay_s
+            held[own] = moved(held[own], claim, rtt_s, rng)
+    errors = []
+    for _ in range(5000):
+        one, two = rng.sample(honest, 2)
+        errors.append(abs(held[one].rtt_s(held[two]) / earth.rtt_s(one, two) - 1))
+    return Places(quantile(errors, 0.5), quantile(errors, 0.9), quantile([held[one].error for one in honest], 0.5))

@@ -21,6 +21,7 @@ def message_bytes(message: Message) -> int:
     size += _bytes(2, message.have) if message.have else 0
     for stale in message.stale:
         size += _framed(2, _bytes(1, stale.subkey.raw) + 1 + _varint(stale.seq))
+    size += _framed(2, 16) if message.coordinate is not None else 0
     return size + (2 + _varint(message.accepted) if message.accepted else 0)
 
 
