@@ -14,15 +14,17 @@ from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from math import ceil
 from random import Random
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from ..protocol import protobuf
 from ..protocol.errors import PeerUnreachable, RemoteProtocolError, SessionClosed, SwarmError
 from ..protocol.ids import PeerId
-from ..protocol.kad import MAIN_SWARM, MAX_MESSAGE_BYTES, Message, protocol_of
+from ..protocol.kad import MAIN_SWARM, MAX_MESSAGE_BYTES, UNANSWERED, Message, protocol_of
 from ..protocol.multiaddr import Multiaddr
 from ..protocol.records import SignedEntry
 from ..routing.actions import Ask, Finished
+from ..routing.contents import Contents
+from ..routing.coordinates import Coordinate
 from ..routing.dht import Dht
 from ..routing.keys import blocks_key, models_key
 from ..routing.parameters import DhtConfig
@@ -47,6 +49,8 @@ REJOIN_FIRST_S: Final = 5.0
 REJOIN_CAP_S: Final = 60.0
 MAX_MET: Final = 64
 """Nodes kept as ways back into the swarm."""
+MAX_NEWCOMERS: Final = 64
+"""Peers that just said they speak our protocol, and will be asked whether they answer."""
 LEAVE_S: Final = 1.0
 """Longest wait for tombstones to be taken when leaving."""
 _CHUNK: Final = 64 * 1024
@@ -76,6 +80,17 @@ class _Line:
         await self.stream.write(protobuf.delimited(message.encode()))
 
 
+class _Exchange(NamedTuple):
+    """What came of one request."""
+
+    reply: Message | None
+    """None where none comes."""
+    seen: Multiaddr | None
+    """Where the peer is."""
+    took_s: float
+    """From the request's first byte to the reply."""
+
+
 class Discovery:
     """A node's view of the swarm. In client mode it asks but is never asked: for nodes others cannot dial."""
 
@@ -95,6 +110,8 @@ class Discovery:
         self._protocol = protocol_of(swarm_name)
         self.dht = Dht(host.key, rng=rng, now=clock.now(), config=config, server_mode=server_mode)
         """The machine; for tests and status pages."""
+        self.contents = Contents(self.dht, rng)
+        """Its part for libp2p's values and providers."""
         self._tasks: Supervisor | None = None
         self._unsent: list[Ask] = []
         self._waiting: dict[int, list[asyncio.Future[Finished]]] = {}
@@ -104,6 +121,7 @@ class Discovery:
         self._closed = False
         self._entrances: tuple[Multiaddr, ...] = ()
         self._met: OrderedDict[PeerId, tuple[Multiaddr, ...]] = OrderedDict()
+        self._newcomers: set[PeerId] = set()
         self._rejoin_wait_s = REJOIN_FIRST_S
         self._rejoin_at = float("inf")
         if server_mode:
@@ -115,6 +133,7 @@ class Discovery:
         """Keep the table, our announcements and hot keys fresh, until cancelled. Run once, in a supervisor."""
         unsubscribe = self._host.on_disconnect(self._disconnected)
         unprotect = self._host.protect_if(self.dht.table.__contains__)
+        unlisten = self._host.on_identify(self._identified)
         try:
             async with Supervisor("discovery") as tasks:
                 self._tasks = tasks
@@ -126,6 +145,7 @@ class Discovery:
             self._close()
             unsubscribe()
             unprotect()
+            unlisten()
 
     async def bootstrap(self, addrs: Sequence[Multiaddr]) -> int:
         """Join the swarm through any of its live nodes; returns how many peers are known then.
@@ -177,6 +197,40 @@ class Discovery:
             return recent
         return list((await self._result(self.dht.read(key, now))).entries)
 
+    async def put_value(self, key: bytes, value: bytes) -> int:
+        """Keep a value at the peers nearest to its key, for 36 hours. Returns how many peers have it.
+
+        Only values that their key proves are kept by anybody: `/pk/` and a peer id, its public key. Raises
+        LocalProtocolError for others.
+        """
+        return (await self._result(self.contents.put_value(key, value, self._clock.now()))).holders
+
+    async def get_value(self, key: bytes) -> bytes | None:
+        """The proven value of a key; None when none of the peers near it has one."""
+        record = (await self._result(self.contents.get_value(key, self._clock.now()))).record
+        return None if record is None else record.value
+
+    async def provide(self, key: bytes) -> int:
+        """Tell the swarm that this node has what a key names, now and every ten minutes until stop_providing().
+
+        A key is a multihash: see content_key(). Returns how many peers were told; they do not confirm it, and
+        remember it for 2 h. Raises LocalProtocolError for over 1024 keys.
+        """
+        return (await self._result(self.contents.provide(key, self._clock.now()))).holders
+
+    def stop_providing(self, key: bytes) -> None:
+        """Provide a key no longer. Others may name this node for up to 2 h more."""
+        self.contents.withdraw(key)
+
+    async def providers(self, key: bytes) -> list[Contact]:
+        """Who is said to have what a key names; those named by more peers first. Some may be gone, or invented."""
+        return list((await self._result(self.contents.find_providers(key, self._clock.now()))).providers)
+
+    @property
+    def coordinate(self) -> Coordinate | None:
+        """Where this node is in the network, to predict round trips; None before it has measured any."""
+        return self.dht.whereabouts.coordinate
+
     async def find_peer(self, peer: PeerId) -> Contact | None:
         """Where a server listens, asked from the peers near its id; None when nobody knows."""
         known = self.dht.table.get(peer)
@@ -214,7 +268,10 @@ class Discovery:
     def _tick(self) -> None:
         now, wall = self._times()
         self.dht.addrs = self._host.listen_addrs
+        self._greet_newcomers(now)
+        self.dht.whereabouts.measure(self._host.rtt, now)
         self.dht.tick(now, wall)
+        self.contents.tick(now)
         for peer, line in list(self._idle.items()):
             if now - line.idle_since > IDLE_STREAM_S:
                 del self._idle[peer]
@@ -285,7 +342,7 @@ class Discovery:
         peer = ask.contact.peer
         try:
             async with asyncio.timeout(ask.limit_s):
-                reply, seen = await self._exchange(ask.contact, ask.request)
+                reply, seen, took_s = await self._exchange(ask.contact, ask.request)
         except (OSError, SwarmError) as exc:  # TimeoutError is an OSError
             now = self._clock.now()
             if isinstance(exc, RemoteProtocolError):
@@ -293,11 +350,14 @@ class Discovery:
             logger.debug("no DHT answer from %s: %s", peer.short, exc or type(exc).__name__)
             self.dht.on_failure(ask.id, now)
         else:
-            self.dht.on_reply(ask.id, seen, reply, *self._times())
+            if reply is None:
+                self.dht.on_sent(ask.id, self._clock.now())
+            else:
+                self.dht.on_reply(ask.id, seen, reply, *self._times(), self._host.rtt(peer) or took_s)
         self._pump()
 
-    async def _exchange(self, contact: Contact, request: Message) -> tuple[Message, Multiaddr | None]:
-        """One request, its reply and where it came from; a kept stream that proves dead is replaced once."""
+    async def _exchange(self, contact: Contact, request: Message) -> _Exchange:
+        """One request and what came of it; a kept stream that proves dead is replaced once."""
         kept = self._idle.pop(contact.peer, None)
         if kept is not None:
             try:
@@ -308,22 +368,25 @@ class Discovery:
         stream.set_priority(Priority.CONTROL)
         return await self._ask_on(_Line(stream, protobuf.Delimited(MAX_MESSAGE_BYTES)), request)
 
-    async def _ask_on(self, line: _Line, request: Message) -> tuple[Message, Multiaddr | None]:
-        answered = False
+    async def _ask_on(self, line: _Line, request: Message) -> _Exchange:
+        answered, began = False, self._clock.now()
+        reply = None
         try:
             await line.send(request)
-            reply = await line.receive()
-            if reply is None:
-                raise ConnectionResetError("stream ended instead of an answer")
-            if reply.type is not request.type:
-                raise RemoteProtocolError(f"{reply.type.name} answered to {request.type.name}")
+            if request.type not in UNANSWERED:
+                reply = await line.receive()
+                if reply is None:
+                    raise ConnectionResetError("stream ended instead of an answer")
+                if reply.type is not request.type:
+                    raise RemoteProtocolError(f"{reply.type.name} answered to {request.type.name}")
             answered = True
         finally:
             if not answered:
                 line.stream.reset()
+        took_s = self._clock.now() - began
         seen = self._host.address_of(line.stream)
         await self._keep(line)
-        return reply, seen
+        return _Exchange(reply, seen, took_s)
 
     async def _keep(self, line: _Line) -> None:
         peer = line.stream.remote
@@ -332,6 +395,17 @@ class Discovery:
             return
         line.idle_since = self._clock.now()
         self._idle[peer] = line
+
+    def _identified(self, peer: PeerId) -> None:
+        """Servers of other implementations do not name themselves in requests: their identify does."""
+        if self._protocol in self._host.book.get(peer).protocols and len(self._newcomers) < MAX_NEWCOMERS:
+            self._newcomers.add(peer)
+
+    def _greet_newcomers(self, now: float) -> None:
+        newcomers, self._newcomers = self._newcomers, set()
+        for peer in sorted(newcomers):
+            if addrs := self._host.addrs(peer):
+                self.dht.greet(Contact(peer, addrs), now)
 
     def _disconnected(self, peer: PeerId) -> None:
         self._idle.pop(peer, None)
@@ -357,8 +431,9 @@ class Discovery:
             if request is None:
                 return
             reply = self.dht.handle(line.stream.remote, seen, request, *self._times())
-            async with asyncio.timeout(SERVE_IDLE_S):
-                await line.send(reply)
+            if request.type not in UNANSWERED:
+                async with asyncio.timeout(SERVE_IDLE_S):
+                    await line.send(reply)
             self._pump()
 
     # Joining

@@ -18,6 +18,8 @@ cap, checked while parsing; the stream reader checks MAX_MESSAGE_BYTES before it
 
 from __future__ import annotations
 
+import math
+import struct
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Final
@@ -43,6 +45,7 @@ MAX_KEY_BYTES: Final = 128
 MAX_HAVE_BYTES: Final = 4096 * TAG_BYTES
 MAX_CURSOR_BYTES: Final = 64
 MAX_VALUE_BYTES: Final = 16 * 1024
+_COORDINATE: Final = struct.Struct("<4f")
 
 
 def protocol_of(swarm: str) -> str:
@@ -61,6 +64,10 @@ class MessageType(IntEnum):
     PING = 5
     PUT_ENTRIES = 64
     GET_ENTRIES = 65
+
+
+UNANSWERED: Final = frozenset({MessageType.ADD_PROVIDER})
+"""Requests without a reply, as in go-libp2p and js-libp2p."""
 
 
 class Connection(IntEnum):
@@ -86,7 +93,7 @@ class KadPeer:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A libp2p value record, parsed so that others' messages pass; we store entries instead."""
+    """A libp2p value record; what our own nodes announce is entries instead."""
 
     key: bytes
     """What it is filed under."""
@@ -127,7 +134,7 @@ class Message:
     closer_peers: tuple[KadPeer, ...] = ()
     """Peers the answerer knows nearest to the key."""
     provider_peers: tuple[KadPeer, ...] = ()
-    """libp2p providers."""
+    """libp2p providers; those beyond the first 20 are not read."""
     entries: tuple[LeasedEntry, ...] = ()
     """Signed entries, put or found, all under `key`."""
     sender: KadPeer | None = None
@@ -140,6 +147,8 @@ class Message:
     """Entries refused because newer ones are known."""
     accepted: int = 0
     """Entries of a put that are held now."""
+    coordinate: tuple[float, float, float, float] | None = None
+    """x, y, height and error of the answerer, finite; the reader checks their bounds."""
 
     def encode(self) -> bytes:
         """Protobuf bytes, without the length in front."""
@@ -160,6 +169,8 @@ class Message:
         fields.extend((104, protobuf.encode([(1, item.subkey.raw), (2, item.seq)])) for item in self.stale)
         if self.accepted:
             fields.append((105, self.accepted))
+        if self.coordinate is not None:
+            fields.append((106, _COORDINATE.pack(*self.coordinate)))
         return protobuf.encode(fields)
 
     @classmethod
@@ -178,13 +189,14 @@ class Message:
             key=key,
             record=_decode_record(protobuf.first_bytes(fields, 3)) if 3 in fields else None,
             closer_peers=tuple(map(_decode_peer, _repeated(fields, 8, MAX_PEERS))),
-            provider_peers=tuple(map(_decode_peer, _repeated(fields, 9, MAX_PEERS))),
+            provider_peers=tuple(map(_decode_peer, protobuf.all_bytes(fields, 9)[:MAX_PEERS])),
             entries=_decode_entries(key, _repeated(fields, 100, PAGE_ENTRIES)),
             sender=_decode_peer(sender[-1]) if sender else None,
             cursor=_bounded(fields, 102, MAX_CURSOR_BYTES, "cursor"),
             have=have,
             stale=tuple(map(_decode_stale, _repeated(fields, 104, PAGE_ENTRIES))),
             accepted=min(protobuf.first_int(fields, 105), PAGE_ENTRIES),
+            coordinate=_decode_coordinate(protobuf.first_bytes(fields, 106)) if 106 in fields else None,
         )
 
 
@@ -268,6 +280,15 @@ def _decode_stale(chunk: bytes) -> Stale:
     if seq > MAX_SEQ:
         raise RemoteProtocolError(f"kad sequence number {seq} is over 63 bits")
     return Stale(PeerId(protobuf.first_bytes(fields, 1)), seq)
+
+
+def _decode_coordinate(raw: bytes) -> tuple[float, float, float, float]:
+    if len(raw) != _COORDINATE.size:
+        raise RemoteProtocolError(f"kad coordinate has {len(raw)} bytes, not {_COORDINATE.size}")
+    x, y, height, error = _COORDINATE.unpack(raw)
+    if not all(map(math.isfinite, (x, y, height, error))):
+        raise RemoteProtocolError("kad coordinate is not made of finite numbers")
+    return x, y, height, error
 
 
 def _message_type(number: int) -> MessageType:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..protocol.kad import Message
+from ..protocol.kad import Message, Record
 from ..protocol.records import SignedEntry
 from .table import Contact
 
@@ -40,10 +40,14 @@ class Finished:
     subnets: int = 0
     """Of a publication: different /24s (IPv6: /48s) these peers were met in. Few holders' networks mean that few
     hands can make the entry vanish; peers of a local network count one each."""
-
     crowding: float = 1.0
     """Of a publication: how many times denser peers sit around the key than around ourselves. Chance stays under 4;
     far above it somebody has made ids to sit there, and may hold what is published without giving it out."""
+
+    record: Record | None = None
+    """Of a search for a value: the proven value."""
+    providers: tuple[Contact, ...] = ()
+    """Of a search for providers: who is said to have it, those that more holders name first."""
 
     @property
     def holders(self) -> int:

@@ -13,9 +13,10 @@ from typing import Final
 
 from ..protocol.errors import RemoteProtocolError
 from ..protocol.ids import PeerId
-from ..protocol.kad import MAX_ADDR_BYTES, MAX_ADDRS, KadPeer, Message, MessageType, Stale
+from ..protocol.kad import MAX_ADDR_BYTES, MAX_ADDRS, MAX_PEERS, KadPeer, Message, MessageType, Stale
 from ..protocol.multiaddr import Multiaddr
 from ..protocol.records import KEY_BYTES, TAG_BYTES
+from .content import Providers, Values
 from .keys import position
 from .store import MIN_LEASE_S, Put, Source, Store, Verifier
 from .table import Contact, Table, subnet_of
@@ -25,16 +26,23 @@ ADDRESSES_CACHED: Final = 2048
 
 
 class Answers:
-    """Reads and changes the node's table and store on behalf of others."""
+    """Reads and changes the node's table and stores on behalf of others."""
 
     def __init__(self, table: Table, store: Store, verifier: Verifier, *, k: int) -> None:
         self._table = table
         self._store = store
         self._verifier = verifier
         self._k = k
+        self.values = Values()
+        """libp2p's values, kept for others."""
+        self.providers = Providers()
+        """libp2p's providers."""
 
     def answer(self, remote: PeerId, seen: Multiaddr | None, request: Message, now: float, wall: float) -> Message:
-        """The reply to a request of an authenticated peer. Raises RemoteProtocolError when it broke the rules."""
+        """The reply to a request of an authenticated peer (of UNANSWERED types, it stays here).
+
+        Raises RemoteProtocolError when it broke the rules.
+        """
         match request.type:
             case MessageType.PING:
                 return Message(type=MessageType.PING)
@@ -42,10 +50,46 @@ class Answers:
                 return self._put(request, Source(remote, subnet_of(seen)), now, wall)
             case MessageType.GET_ENTRIES:
                 return self._page(remote, seen, request, now)
-            case MessageType.PUT_VALUE | MessageType.ADD_PROVIDER:
-                return Message(type=request.type, key=request.key)  # understood, not kept: nothing signs them
+            case MessageType.PUT_VALUE:
+                return self._put_value(request, now)
+            case MessageType.ADD_PROVIDER:
+                self._add_provider(remote, seen, request, now)
+                return Message(type=request.type, key=request.key)
+            case MessageType.GET_VALUE:
+                closer = self._closer(remote, seen, request)
+                record = self.values.get(request.key, now)
+                return Message(type=request.type, key=request.key, closer_peers=closer, record=record)
+            case MessageType.GET_PROVIDERS:
+                closer = self._closer(remote, seen, request)
+                named = self._named(request.key, is_local(seen), now)
+                return Message(type=request.type, key=request.key, closer_peers=closer, provider_peers=named)
             case _:
                 return Message(type=request.type, key=request.key, closer_peers=self._closer(remote, seen, request))
+
+    def _put_value(self, request: Message, now: float) -> Message:
+        """The record comes back if it is kept; a value of another namespace is refused without a quarrel."""
+        record = request.record
+        if record is None or record.key != request.key:
+            raise RemoteProtocolError("a value to keep comes in a record with the message's key")
+        kept = record if self.values.put(record, now) else None
+        return Message(type=request.type, key=request.key, record=kept)
+
+    def _add_provider(self, remote: PeerId, seen: Multiaddr | None, request: Message, now: float) -> None:
+        """Only what the asker says of itself counts."""
+        own = next((peer for peer in request.provider_peers if peer.peer == remote), None)
+        if own is not None:
+            addrs = usable_addrs(own.addrs, is_local(seen))
+            self.providers.add(request.key, KadPeer(remote, wire_addrs(addrs, True)), now)
+
+    def _named(self, key: bytes, local: bool, now: float) -> tuple[KadPeer, ...]:
+        """The freshest providers of a key, as one may hear of them."""
+        found = islice(self.providers.get(key, now), MAX_PEERS)
+        return tuple(KadPeer(peer.peer, wire_addrs(usable_addrs(peer.addrs, True), local)) for peer in found)
+
+    def expire(self, now: float) -> None:
+        """Forget values and providers whose time is over; the store of entries looks after itself."""
+        self.values.expire(now)
+        self.providers.expire(now)
 
     def _put(self, request: Message, source: Source, now: float, wall: float) -> Message:
         stale: list[Stale] = []

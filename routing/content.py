@@ -27,6 +27,8 @@ MAX_PROVIDED: Final = 8192
 """Keys with providers."""
 PROVIDERS_PER_KEY: Final = 64
 KEYS_PER_PROVIDER: Final = 1024
+EXPIRY_EVERY_S: Final = 60.0
+"""Memory of what nobody asks for any more is given back this often; what expired is never told."""
 PROVIDER_S: Final = 2 * 3600.0
 """Providers put themselves down anew every hour."""
 _PUBLIC_KEY: Final = b"/pk/"
@@ -85,6 +87,7 @@ class Providers:
     def __init__(self) -> None:
         self._held: OrderedDict[bytes, OrderedDict[PeerId, _Provider]] = OrderedDict()
         self._keys_of: dict[PeerId, int] = {}
+        self._expiry_at = float("-inf")
 
     def __len__(self) -> int:
         return len(self._held)
@@ -111,8 +114,20 @@ class Providers:
         """Live providers of a key, the freshest first."""
         return tuple(item.peer for item in reversed(self._held.get(key, {}).values()) if item.until > now)
 
+    def remove(self, key: bytes, peer: PeerId) -> None:
+        """A peer provides a key no longer."""
+        shelf = self._held.get(key)
+        if shelf is None or shelf.pop(peer, None) is None:
+            return
+        self._forget(peer)
+        if not shelf:
+            del self._held[key]
+
     def expire(self, now: float) -> None:
         """Drop who did not put itself down anew."""
+        if now < self._expiry_at:
+            return  # walking thousands of keys is not for every tick
+        self._expiry_at = now + EXPIRY_EVERY_S
         for key in list(self._held):
             shelf = self._held[key]
             while shelf and next(iter(shelf.values())).until <= now:

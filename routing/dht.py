@@ -17,7 +17,7 @@ against the peer. What third parties say about its addresses is tried, and on fa
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from random import Random
 from typing import Final
@@ -31,16 +31,18 @@ from .actions import Ask, Finished
 from .answers import Answers, heard_of, is_local, self_told, wire_addrs
 from .bans import BackOff
 from .cache import FRESH_S, ReadCache
+from .content_queries import FindProviders, GetValue
 from .handover import Handover
 from .keys import position
 from .lookup import Lookup, Wait
 from .lost import Lost
 from .parameters import DhtConfig
 from .publications import Publications
-from .queries import Held, Locate, Publish, Read, Send, merge
+from .queries import Deliver, Held, Locate, Publish, Read, Send, merge
 from .store import MIN_LEASE_S, Source, Store, StoreLimits, Verifier, iter_batches
 from .table import Contact, Table
 from .timeouts import Timeouts
+from .whereabouts import Whereabouts
 
 MAX_ACTIVE_QUERIES: Final = 32
 """Queries stepping at once; more wait their turn."""
@@ -88,7 +90,9 @@ class Dht:
         self.store = Store(key.peer_id, limits)
         self.verifier = Verifier()
         self.timeouts = Timeouts()
+        self.whereabouts = Whereabouts(Random(key.peer_id.raw))
         self._answers = Answers(self.table, self.store, self.verifier, k=self._config.k)
+        self.values, self.providers = self._answers.values, self._answers.providers
         self._avoided = BackOff(rng)
         self._liars = BackOff(rng, base_s=LIAR_BASE_S)
         self._ids = 0
@@ -150,6 +154,17 @@ class Dht:
         entry = self._publications.sign_tombstone(key, publication, known_seq, wall)
         return self._put_own(entry, publication.paths, now)
 
+    def launch(self, make: Callable[[int, Lookup], Locate], key: bytes, now: float, paths: int | None = None) -> int:
+        """Start a query about a key: `make` gets its id and its lookup. Returns the id."""
+        width, per_subnet = self._config.width, self._config.per_subnet
+        lookup = self._lookup(key, now, width, paths or self._config.paths, per_subnet=per_subnet)
+        return self._start(make(self._number(), lookup), now)
+
+    def greet(self, contact: Contact, now: float) -> None:
+        """Ask a peer that is said to be a server whether it is one; it enters the table by answering."""
+        if contact.peer not in self.table and self._usable([contact], now):
+            self._ask(None, contact, Message(type=MessageType.PING), now)
+
     @property
     def published(self) -> list[bytes]:
         """Keys under which we announce something."""
@@ -173,10 +188,12 @@ class Dht:
         except RemoteProtocolError:
             self.misbehaved(remote, now)
             raise
-        return self._signed_off(reply, is_local(seen))
+        return self._signed_off(replace(reply, coordinate=self.whereabouts.told()), is_local(seen))
 
-    def on_reply(self, ask: int, seen: Multiaddr | None, reply: Message, now: float, wall: float) -> None:
-        """A peer answered. A forged answer counts as none."""
+    def on_reply(
+        self, ask: int, seen: Multiaddr | None, reply: Message, now: float, wall: float, rtt_s: float | None = None
+    ) -> None:
+        """A peer answered. A forged answer counts as none. `rtt_s`: without what it took to reach the peer."""
         question = self._questions.pop(ask, None)
         if question is None:
             return
@@ -186,6 +203,7 @@ class Dht:
             query = None  # it could not wait for this answer
         try:
             held = self._verified(query, reply, now, wall)
+            self.whereabouts.heard(contact.peer, reply.coordinate, rtt_s or now - question.asked_at, now)
         except RemoteProtocolError:
             self.misbehaved(contact.peer, now)
             self._drop(question, now)
@@ -203,6 +221,14 @@ class Dht:
         if follow_up is not None:
             self._ask(query, contact, follow_up, now)
         self._advance(query, now)
+
+    def on_sent(self, ask: int, now: float) -> None:
+        """A question of which no answer comes (kad.UNANSWERED) went out."""
+        question = self._questions.pop(ask, None)
+        if question is not None and question.query is not None and question.query.id in self._active:
+            query, contact = question.query, question.contact
+            query.on_reply(contact, [], Message(type=MessageType.ADD_PROVIDER, key=query.key), None)
+            self._advance(query, now)
 
     def on_failure(self, ask: int, now: float) -> None:
         """A peer could not be reached, did not answer in time or answered nonsense."""
@@ -244,6 +270,7 @@ class Dht:
             return
         self._maintenance_at = now + self._config.maintenance_s
         self.store.expire(now)
+        self._answers.expire(now)
         for key, publication in self._publications.due(now):
             known_seq = self.store.known_seq(key, self.own)
             entry = self._publications.sign(key, publication.payload, publication.ttl_s, known_seq, wall)
@@ -346,7 +373,9 @@ class Dht:
             entries = self._visible(query.key, query.found.values(), now)
         contacts = tuple(query.lookup.closest(self._config.k))
         finished = Finished(query.id, contacts, query.asked, tuple(entries))
-        if isinstance(query, Publish):
+        if isinstance(query, GetValue | FindProviders):
+            finished = query.outcome(finished)
+        if isinstance(query, Deliver):
             finished = replace(
                 finished, holding=tuple(query.holding), subnets=len(query.subnets), crowding=self._crowding(query)
             )
@@ -436,9 +465,8 @@ class Dht:
 
     def _put_own(self, entry: SignedEntry, paths: int, now: float) -> int:
         self.store.put(entry, entry.ttl_s, Source(self.own), now)
-        lookup = self._lookup(entry.key, now, self._config.width, paths, per_subnet=self._config.per_subnet)
-        leased = LeasedEntry(entry, entry.ttl_s)
-        return self._start(Publish(self._number(), lookup, leased, self._config.replicas), now)
+        leased, replicas = LeasedEntry(entry, entry.ttl_s), self._config.replicas
+        return self.launch(lambda number, lookup: Publish(number, lookup, leased, replicas), entry.key, now, paths)
 
     def _give(self, key: bytes, contact: Contact, now: float) -> None:
         for batch in iter_batches(self.store.live(key, now)):

@@ -18,6 +18,7 @@ KEY_BITS = 8 * KEY_BYTES
 GROUP_BLOCKS = 16
 """Blocks per record key. A span that overlaps a group is announced under that group."""
 DIGEST_BYTES = 32
+_MULTIHASH_SHA256 = b"\x12\x20"
 
 
 def models_key(swarm: str) -> bytes:
@@ -35,6 +36,16 @@ def blocks_key(swarm: str, digest: bytes, group: int) -> bytes:
     if not 0 <= group < 2**32:
         raise ValueError(f"a block group is a number in [0, 2**32), not {group}")
     return _derive(b"blocks", swarm.encode(), digest, group.to_bytes(4, "big"))
+
+
+def content_key(digest: bytes) -> bytes:
+    """Key under which peers provide the bytes with this sha256: a multihash, as libp2p has it.
+
+    Raises ValueError for a digest that is not 32 bytes.
+    """
+    if len(digest) != DIGEST_BYTES:
+        raise ValueError(f"a sha256 has {DIGEST_BYTES} bytes, not {len(digest)}")
+    return _MULTIHASH_SHA256 + digest
 
 
 def groups_of_span(start: int, end: int) -> range:

@@ -203,6 +203,7 @@ def kad_message(rng):
         have=rng.randbytes(8 * rng.choice((0, 1, 40))),
         stale=tuple(kad.Stale(rng.choice(PEERS), number(rng, 63)) for _ in range(rng.choice((0, 0, 2)))),
         accepted=rng.randint(0, 64),
+        coordinate=(rng.uniform(-20, 20), 0.5, 0.1, 1.0) if rng.random() < 0.2 else None,
     ).encode()
 
 

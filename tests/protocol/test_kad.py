@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+import struct
 from random import Random
 
 import pytest
@@ -33,6 +35,7 @@ FULL = Message(
     have=bytes(2 * TAG_BYTES),
     stale=(Stale(ALICE.peer_id, 99),),
     accepted=3,
+    coordinate=(0.25, -0.5, 0.125, 1.0),
 )
 
 
@@ -60,6 +63,18 @@ def test_unknown_fields_and_unknown_transports_are_skipped():
     strange = protobuf.encode([(1, 4), (55, b"new"), (8, protobuf.encode([(1, ALICE.peer_id.raw), (2, b"\xff")]))])
     message = Message.decode(strange)
     assert message.closer_peers == (KadPeer(ALICE.peer_id, (b"\xff",)),)
+
+
+def test_providers_beyond_twenty_are_not_read():
+    """js-libp2p names all it knows."""
+    many = [(9, protobuf.encode([(1, ALICE.peer_id.raw)]))] * (kad.MAX_PEERS + 5)
+    assert len(Message.decode(protobuf.encode([(1, 3), *many])).provider_peers) == kad.MAX_PEERS
+
+
+def test_golden_coordinate():
+    """Field 106, 16 bytes: 1.0, -2.0, 0.5, 0.25."""
+    message = Message(type=MessageType.PING, coordinate=(1.0, -2.0, 0.5, 0.25))
+    assert message.encode() == bytes.fromhex("0805 d20610 0000803f 000000c0 0000003f 0000803e")
 
 
 def raw_entry(**changes):
@@ -91,6 +106,9 @@ def test_raw_entry_is_fine_as_such():
         protobuf.encode([(1, 64), (2, KEY)] + [(100, kad.encode_entry(leased()))] * (kad.PAGE_ENTRIES + 1)),
         protobuf.encode([(1, 64), (2, KEY), (104, protobuf.encode([(1, ALICE.peer_id.raw), (2, MAX_SEQ + 1)]))]),
         protobuf.encode([(1, 0), (3, protobuf.encode([(2, bytes(kad.MAX_VALUE_BYTES + 1))]))]),
+        protobuf.encode([(1, 4), (106, bytes(15))]),
+        protobuf.encode([(1, 4), (106, struct.pack("<4f", 0, 0, math.nan, 0))]),
+        protobuf.encode([(1, 4), (106, struct.pack("<4f", math.inf, 0, 0, 0))]),
         raw_entry(f1=b"\x05\x01\x02"),
         raw_entry(f2=bytes(MAX_PAYLOAD_BYTES + 1)),
         raw_entry(f3=MAX_SEQ + 1),
@@ -101,7 +119,7 @@ def test_raw_entry_is_fine_as_such():
         raw_entry(f7=101),
         bytes(kad.MAX_MESSAGE_BYTES + 1),
     ],
-    ids=range(22),
+    ids=range(25),
 )
 def test_bad_bytes_are_the_peers_fault(data):
     with pytest.raises(RemoteProtocolError):

@@ -445,7 +445,7 @@ def test_a_node_whose_clock_is_an_hour_off_is_told_that_nobody_holds_its_entry()
 def test_requests_others_may_send_are_answered_politely():
     dht = machine()
     remote = key_of("js").peer_id
-    for kind in (MessageType.PUT_VALUE, MessageType.GET_VALUE, MessageType.ADD_PROVIDER, MessageType.GET_PROVIDERS):
+    for kind in (MessageType.FIND_NODE, MessageType.GET_VALUE, MessageType.ADD_PROVIDER, MessageType.GET_PROVIDERS):
         assert dht.handle(remote, None, Message(type=kind, key=b"/v/x"), NOW, EPOCH).type is kind
     with pytest.raises(RemoteProtocolError, match="32 bytes"):
         dht.handle(remote, None, Message(type=MessageType.GET_ENTRIES, key=b"short"), NOW, EPOCH)
