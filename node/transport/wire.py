@@ -18,9 +18,10 @@ from typing import Final, cast
 from ...protocol.connection import Connection
 from ...protocol.errors import RemoteProtocolError
 from ...protocol.ids import PeerId
+from ...protocol.link_rate import SMALL_FRAME, LinkRate
 from ...protocol.multiaddr import Multiaddr
 from ...protocol.pace import Chores, Pace
-from ...protocol.yamux import MAX_UNACKED, Event, Opened, Pong, Session, WentAway
+from ...protocol.yamux import MAX_DATA, MAX_UNACKED, Event, Opened, Pong, Session, WentAway
 from ...protocol.yamux_frames import GoAway
 from ...protocol.yamux_stream import MuxStream, Part, Readable, Writable
 from ..clock import Clock
@@ -92,6 +93,7 @@ class Wire(asyncio.BufferedProtocol):
         "_ping_id",
         "_pings",
         "_pump_due",
+        "_rate",
         "_session",
         "_stalls",
         "_timer",
@@ -156,6 +158,7 @@ class Wire(asyncio.BufferedProtocol):
         self._paused = False
         self.loop = asyncio.get_running_loop()
         self._pump_due = False
+        self._rate = LinkRate()
         self._lost = self.loop.create_future()
         self._openers: dict[asyncio.Future[None], None] = {}
         self._early = 0  # streams opened before the peer's first words, -1 after them
@@ -300,6 +303,8 @@ class Wire(asyncio.BufferedProtocol):
         self._paused = False
         self.life.resumed()
         self.pump()
+        self._rate.resumed(self._clock.now(), self.bytes_out, full=self._paused)
+        self._session.frame_limit = SMALL_FRAME if self._rate.is_slow else MAX_DATA
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The link is gone."""
