@@ -56,6 +56,16 @@ class _Gelu:
         return (values * self._root).erf_().add_(self._one).mul_(self._half).mul_(values)
 
 
+class _Sigmoid:
+    """1 / (1 + exp(-x))."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._one = torch.ones((), device=device)
+
+    def __call__(self, values: torch.Tensor) -> torch.Tensor:
+        return torch.div(self._one, torch.neg(values).exp_().add_(self._one))
+
+
 _ACTIVATIONS: Final[dict[str, Callable[[torch.device], Activation]]] = {
     "silu": _Silu,
     "gelu_tanh": _GeluTanh,
@@ -66,3 +76,8 @@ _ACTIVATIONS: Final[dict[str, Callable[[torch.device], Activation]]] = {
 def make_activation(name: str, device: torch.device) -> Activation:
     """The activation of a ModelConfig: fp32 in, a new fp32 tensor out."""
     return _ACTIVATIONS[name](device)
+
+
+def make_sigmoid(device: torch.device) -> Activation:
+    """The logistic function, for gates."""
+    return _Sigmoid(device)

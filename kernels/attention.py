@@ -16,6 +16,7 @@ import torch
 from torch.nn import functional
 
 from .linear import ROWS
+from .scores import ScoreForm
 
 TILE: Final = 64
 """Keys per tile; cache capacity and window borders are multiples of it."""
@@ -72,19 +73,30 @@ def tile_ceil(length: int) -> int:
 
 
 def attend(
-    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, block: QueryBlock, out: torch.Tensor
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    block: QueryBlock,
+    out: torch.Tensor,
+    form: ScoreForm | None = None,
 ) -> None:
     """Exact attention of one block.
 
     queries fp32 [rows, heads, d], already scaled; keys and values fp32 [kv_heads, block keys, d];
-    out fp32 [rows, heads * d] is written.
+    out fp32 [rows, heads * d] is written. `form` is what the family does to scores before the softmax.
     """
     rows, heads, width = queries.shape
     kv_heads, length, _ = keys.shape
     group = heads // kv_heads
     weights = torch.bmm(_grouped(queries, kv_heads, group), keys.mT)  # [kv_heads, query rows, keys]
+    if form is not None:
+        form.shape_(weights, rows, block.key_start)
     weights.masked_fill_(block.mask, _MASKED)
-    weights.sub_(weights.amax(-1, keepdim=True)).exp_()
+    highest = weights.amax(-1, keepdim=True)  # [kv_heads, query rows, 1]
+    sinks = form.sinks(weights.shape[1]) if form is not None and form.has_sinks else None
+    if sinks is not None:
+        highest = torch.maximum(highest, sinks)
+    weights.sub_(highest).exp_()
     totals = weights.view(kv_heads, -1, length // TILE, TILE).sum(-1)  # [kv_heads, query rows, tiles]
     if length == TILE:
         mixed = torch.bmm(weights, values)  # [kv_heads, query rows, d]
@@ -93,6 +105,8 @@ def attend(
         mixed = torch.bmm(weights[..., :TILE], values[:, :TILE])
         for start in range(TILE, length, TILE):
             mixed.baddbmm_(weights[..., start : start + TILE], values[:, start : start + TILE])
+    if sinks is not None:
+        totals = totals + torch.sub(sinks, highest).exp_()
     mixed.div_(totals)
     if rows == 1:
         out.view(kv_heads, group, width).copy_(mixed[:, :group])

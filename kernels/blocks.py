@@ -1,29 +1,27 @@
-"""One decoder block, assembled from parts: norm, attention, norm, gated MLP, with what a family adds or leaves out.
+"""One decoder block, assembled from a config: norms, attention form, MLP form, residual form.
 
 Hidden states at block borders are in the span's compute dtype; inside a block everything but the matrix products is
-fp32. The parts come from models/<family>.py; which kernel multiplies is the business of the Linear objects.
+fp32. Which kernel multiplies is the business of the Linear objects. The names of tensors are the same for every family
+(loading/shapes.py lists them, loading/layouts.py translates).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 
-from ..protocol.errors import CorruptCheckpoint
-from .activation import Activation, make_activation
 from .attention import QueryBlock, attend, attend_fused
+from .experts import Experts
 from .kvcache import BlockCache
 from .linear import Linear
+from .mlp import GatedMlp, Mlp, PlainMlp
 from .models.config import ModelConfig
-from .norms import RMSNorm
-from .rope import interleave, rotate_
-
-Tensors = Mapping[str, torch.Tensor]
-MakeLinear = Callable[[torch.Tensor, torch.Tensor | None], Linear]
-"""Weight [out, in] and bias -> a Linear of the chosen precision."""
+from .norms import Norm
+from .parts import MakeLinear, Parts, Tensors
+from .rope import rotate_
+from .scores import make_form
 
 
 class PieceView(Protocol):
@@ -38,55 +36,38 @@ class PieceView(Protocol):
     """How its rows are cut for attention in this kind of block."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NormNames:
-    """Names of a family's norms inside a block."""
-
-    attention: str
-    """Before attention."""
-    mlp: str
-    """Before the MLP."""
-    after_attention: str | None = None
-    """On attention's result, before the residual sum."""
-    after_mlp: str | None = None
-    """On the MLP's result, before the residual sum."""
-
-
 class Block:
     """Weights of one block and the order in which they are applied."""
 
     def __init__(
-        self,
-        config: ModelConfig,
-        index: int,
-        tensors: Tensors,
-        names: NormNames,
-        make: MakeLinear,
-        device: torch.device,
+        self, config: ModelConfig, index: int, tensors: Tensors, make: MakeLinear, device: torch.device
     ) -> None:
-        reader = _Parts(config, tensors, make, device)
+        parts = Parts(config, tensors, make, device)
         self.window = config.window(index)
         self.rope = config.rope_of(index)
         self._heads = config.num_heads
         self._kv_heads = config.num_kv_heads
         self._head_dim = config.head_dim
-        self._norm = reader.norm(names.attention)
-        self._qkv = reader.qkv()
-        self._qk_norm = reader.qk_norm()
-        self._output = reader.linear("self_attn.o_proj", config.hidden_size, config.output_bias)
-        self._after_attention = reader.norm(names.after_attention) if names.after_attention else None
-        self._mlp_norm = reader.norm(names.mlp)
-        self._gate_up = reader.gate_up()
-        self._down = reader.linear("mlp.down_proj", config.hidden_size, config.mlp_bias)
-        self._after_mlp = reader.norm(names.after_mlp) if names.after_mlp else None
-        self._activation: Activation = make_activation(config.activation, device)
+        self._rotated = config.rotated > 0
+        self._norm = parts.norm("input_layernorm")
+        self._qkv = parts.qkv()
+        self._qk_norm = parts.qk_norm()
+        self._output = parts.linear(
+            "self_attn.o_proj", config.hidden_size, config.num_heads * config.head_dim, config.output_bias
+        )
+        self._side_by_side = config.residual != "sequential"
+        self._after_attention = parts.norm("post_attention_layernorm") if config.post_norms else None
+        self._mlp_norm = _mlp_norm(config, parts)
+        self._mlp = _mlp(config, index, parts)
+        self._after_mlp = parts.norm("post_feedforward_layernorm") if config.post_norms else None
         self._scale = None if config.qk_norm else torch.tensor(config.query_scale, device=device)
-        self._attend = attend if device.type == "cpu" else attend_fused
+        self._form = make_form(config, parts.sinks(), device)
+        self._fused = device.type != "cpu" and self._form is None
 
     @property
     def linears(self) -> tuple[Linear, ...]:
         """Its matrices."""
-        return (self._qkv, self._output, self._gate_up, self._down)
+        return (self._qkv, self._output, *self._mlp.linears)
 
     def forward(
         self,
@@ -96,12 +77,16 @@ class Block:
         scratch: Scratch,
     ) -> torch.Tensor:
         """[rows, hidden] -> [rows, hidden], same dtype; every piece's keys and values go into its cache."""
-        residual = hidden.float()
-        mixed = self._attention(self._norm(residual), rotations, pieces, scratch)
+        residual, count = hidden.float(), pieces[-1][0].last
+        rows = self._norm(residual)
+        mixed = self._attention(rows, rotations, pieces, scratch)
+        if self._side_by_side:
+            rows = rows if self._mlp_norm is None else self._mlp_norm(residual)
+            return self._mlp(rows, count).add_(mixed).add_(residual).to(hidden.dtype)
         if self._after_attention is not None:
             mixed = self._after_attention(mixed)
         residual = mixed.add_(residual)
-        inner = self._mlp(self._mlp_norm(residual))
+        inner = self._mlp(residual if self._mlp_norm is None else self._mlp_norm(residual), count)
         if self._after_mlp is not None:
             inner = self._after_mlp(inner)
         return inner.add_(residual).to(hidden.dtype)
@@ -118,7 +103,8 @@ class Block:
         rotated = qkv.narrow(1, 0, heads + kv_heads)
         if self._qk_norm is not None:
             self._qk_norm.apply_(rotated)
-        rotate_(rotated, rotations)
+        if self._rotated:
+            rotate_(rotated, rotations)
         queries = qkv.narrow(1, 0, heads)
         if self._scale is not None:
             queries.mul_(self._scale)
@@ -132,18 +118,28 @@ class Block:
                 cached = cache.slab.narrow(2, block.key_start - cache.base, block.key_end - block.key_start)
                 keys, values = scratch.floats(cached).unbind(0)  # [kv_heads, keys, d] each
                 first, rows_in_block = piece.first + block.first, block.last - block.first
-                self._attend(
-                    queries.narrow(0, first, rows_in_block),
-                    keys,
-                    values,
-                    block,
-                    scratch.mixed.narrow(0, first, rows_in_block),
-                )
+                out = scratch.mixed.narrow(0, first, rows_in_block)
+                if self._fused:
+                    attend_fused(queries.narrow(0, first, rows_in_block), keys, values, block, out)
+                else:
+                    attend(queries.narrow(0, first, rows_in_block), keys, values, block, out, self._form)
         return self._output(scratch.mixed)
 
-    def _mlp(self, rows: torch.Tensor) -> torch.Tensor:
-        gate, up = self._gate_up(rows).chunk(2, -1)  # [rows, intermediate] each
-        return self._down(self._activation(gate).mul_(up))
+
+def _mlp_norm(config: ModelConfig, parts: Parts) -> Norm | None:
+    """Before the MLP; None where it reads what attention reads."""
+    if config.residual == "shared":
+        return None
+    return parts.norm("pre_feedforward_layernorm" if config.post_norms else "post_attention_layernorm")
+
+
+def _mlp(config: ModelConfig, index: int, parts: Parts) -> Mlp:
+    experts = config.experts_of(index)
+    if experts is not None:
+        return Experts(parts, experts)
+    if config.gated:
+        return GatedMlp(parts, "mlp", config.intermediate_size, config.mlp_bias)
+    return PlainMlp(parts, "mlp")
 
 
 class Scratch:
@@ -160,68 +156,3 @@ class Scratch:
         if not self._convert:
             return slab
         return self._buffer[: slab.numel()].view(slab.shape).copy_(slab)
-
-
-class _Parts:
-    """Takes a block's tensors by name, checks their shapes and fuses what is multiplied together."""
-
-    def __init__(self, config: ModelConfig, tensors: Tensors, make: MakeLinear, device: torch.device) -> None:
-        self._config = config
-        self._tensors = tensors
-        self._make = make
-        self._device = device
-
-    def norm(self, name: str) -> RMSNorm:
-        return self._norm(self._take(f"{name}.weight", (self._config.hidden_size,)))
-
-    def linear(self, name: str, out_features: int, bias: bool) -> Linear:
-        weight = self._take(f"{name}.weight", (out_features, None))
-        return self._make(weight, self._take(f"{name}.bias", (out_features,)) if bias else None)
-
-    def qkv(self) -> Linear:
-        """Queries, keys, values in one product; queries and keys in pair order (rope.py)."""
-        config = self._config
-        weights = [self._heads(part, "weight", config.hidden_size) for part in "qkv"]
-        biases = [self._heads(part, "bias", None) for part in "qkv"] if config.qkv_bias else None
-        return self._make(torch.cat(weights), torch.cat(biases) if biases else None)
-
-    def _heads(self, part: str, kind: str, in_features: int | None) -> torch.Tensor:
-        config = self._config
-        heads = config.num_heads if part == "q" else config.num_kv_heads
-        shape = (heads * config.head_dim,) if in_features is None else (heads * config.head_dim, in_features)
-        tensor = self._take(f"self_attn.{part}_proj.{kind}", shape)
-        return tensor if part == "v" else interleave(tensor, heads)
-
-    def qk_norm(self) -> RMSNorm | None:
-        """One weight row per query and key head, the query scale folded in."""
-        config = self._config
-        if not config.qk_norm:
-            return None
-        query = self._take("self_attn.q_norm.weight", (config.head_dim,)).float() + config.norm_offset
-        key = self._take("self_attn.k_norm.weight", (config.head_dim,)).float() + config.norm_offset
-        rows = [interleave(query, 1) * config.query_scale] * config.num_heads + [
-            interleave(key, 1)
-        ] * config.num_kv_heads
-        return RMSNorm(torch.stack(rows), config.norm_eps, self._device)
-
-    def gate_up(self) -> Linear:
-        config = self._config
-        names = ("mlp.gate_proj", "mlp.up_proj")
-        weights = [self._take(f"{name}.weight", (config.intermediate_size, config.hidden_size)) for name in names]
-        biases = (
-            [self._take(f"{name}.bias", (config.intermediate_size,)) for name in names] if config.mlp_bias else None
-        )
-        return self._make(torch.cat(weights), torch.cat(biases) if biases else None)
-
-    def _norm(self, weight: torch.Tensor) -> RMSNorm:
-        return RMSNorm(weight.float() + self._config.norm_offset, self._config.norm_eps, self._device)
-
-    def _take(self, name: str, shape: tuple[int | None, ...]) -> torch.Tensor:
-        tensor = self._tensors.get(name)
-        if tensor is None:
-            raise CorruptCheckpoint(f"the checkpoint has no tensor {name!r} in a block: its config promises one")
-        if len(tensor.shape) != len(shape) or any(
-            want is not None and want != have for want, have in zip(shape, tensor.shape, strict=True)
-        ):
-            raise CorruptCheckpoint(f"tensor {name!r} has shape {tuple(tensor.shape)}, its config says {shape}")
-        return tensor

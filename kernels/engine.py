@@ -13,12 +13,11 @@ from typing import Final, Protocol
 import torch
 
 from ..protocol.errors import ConfigError, CorruptCheckpoint
-from .blocks import Block, MakeLinear
+from .blocks import Block
 from .head import Embedding, FloatTable, Head, Q8Table
 from .linear import Linear, make_linear
-from .models import gemma3, llama
 from .models.config import ModelConfig
-from .norms import RMSNorm
+from .parts import MakeLinear, make_norm
 from .span import Span
 
 Progress = Callable[[int, int], None]
@@ -30,7 +29,6 @@ DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """Compute dtypes by the names users type."""
 INT8_PARAMETERS: Final = 3_000_000_000
 """Below this many parameters 4 bits cost too much quality (NF4 on Gemma 3 270M: +25 % perplexity, int8 +0.4 %)."""
-_BUILDERS: Final = {"llama": llama.build_block, "gemma3": gemma3.build_block}
 
 
 class Source(Protocol):
@@ -43,6 +41,7 @@ class Source(Protocol):
     def block(self, index: int, dtype: torch.dtype) -> Mapping[str, torch.Tensor]: ...
     def embedding(self, dtype: torch.dtype) -> torch.Tensor: ...
     def head(self, dtype: torch.dtype) -> Mapping[str, torch.Tensor]: ...
+    def embedding_norm(self, dtype: torch.dtype) -> Mapping[str, torch.Tensor]: ...
     def final_norm(self, dtype: torch.dtype) -> Mapping[str, torch.Tensor]: ...
     def head_q8(self) -> tuple[torch.Tensor, torch.Tensor]: ...
 
@@ -75,13 +74,12 @@ def load_span(
     if not 0 <= start < end <= config.num_blocks:
         raise ConfigError(f"the model has {config.num_blocks} blocks: use a span within 0:{config.num_blocks}, or auto")
     make = _maker(quant, dtype, device)
-    build = _BUILDERS[config.family]
     # Quantizing starts from the stored values, not from a bf16 rounding of them.
     read_dtype = dtype if quant == "none" else torch.float32
     blocks: list[Block] = []
     with torch.inference_mode():
         for index in range(start, end):
-            blocks.append(build(config, index, checkpoint.block(index, read_dtype), make, device))
+            blocks.append(Block(config, index, checkpoint.block(index, read_dtype), make, device))
             if progress is not None:
                 progress(index - start + 1, end - start)
     return Span(config, start, blocks, dtype=dtype, quant=quant, device=device)
@@ -96,15 +94,15 @@ def load_embedding(checkpoint: Source, *, dtype: torch.dtype, device: torch.devi
         return Embedding(Q8Table(values.to(device), scales.to(device)), config.embed_scale, dtype, device)
     weight = checkpoint.embedding(dtype)
     _check_shape("embedding", weight, config)
-    return Embedding(FloatTable(weight.to(device)), config.embed_scale, dtype, device)
+    norm = make_norm(config, checkpoint.embedding_norm(torch.float32), "norm", device) if config.embed_norm else None
+    return Embedding(FloatTable(weight.to(device)), config.embed_scale, dtype, device, norm)
 
 
 def load_head(checkpoint: Source, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> Head:
     """Final norm and LM head; 8 bits where the checkpoint stores 8 and compute is not fp32."""
     config, device = checkpoint.config, torch.device(device)
     with torch.inference_mode():
-        norm_weight = checkpoint.final_norm(torch.float32)["norm.weight"]
-        norm = RMSNorm(norm_weight.float() + config.norm_offset, config.norm_eps, device)
+        norm = make_norm(config, checkpoint.final_norm(torch.float32), "norm", device)
         return Head(norm, _head_linear(checkpoint, dtype, device), config.hidden_size, config.final_softcap)
 
 

@@ -14,7 +14,7 @@ import torch
 
 from ..protocol.errors import LocalProtocolError
 from .linear import Linear, pad_rows
-from .norms import RMSNorm
+from .norms import Norm
 
 Q8_BLOCK: Final = 32
 """Values that share a scale in GGUF's Q8_0."""
@@ -69,8 +69,11 @@ def dequantize_q8(values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
 class Embedding:
     """Token ids -> the hidden states that enter block 0."""
 
-    def __init__(self, table: Table, scale: float, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, table: Table, scale: float, dtype: torch.dtype, device: torch.device, norm: Norm | None = None
+    ) -> None:
         self._table = table
+        self._norm = norm
         self._dtype = dtype
         self._device = device
         # transformers rounds Gemma's scale to the compute dtype first; so do we
@@ -85,13 +88,15 @@ class Embedding:
         """int64 [count] -> [count, hidden] in the compute dtype. Ids must lie in the vocabulary: callers check."""
         with torch.inference_mode():
             rows = self._table.rows(ids.to(self._device)).to(self._dtype)
+            if self._norm is not None:
+                rows = self._norm(rows.float()).to(self._dtype)
             return rows if self._scale is None else rows.float().mul_(self._scale).to(self._dtype)
 
 
 class Head:
     """Final norm, LM head and soft cap."""
 
-    def __init__(self, norm: RMSNorm, linear: Linear, hidden_size: int, softcap: float | None) -> None:
+    def __init__(self, norm: Norm, linear: Linear, hidden_size: int, softcap: float | None) -> None:
         self._norm = norm
         self._linear = linear
         self._hidden_size = hidden_size

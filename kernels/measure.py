@@ -105,6 +105,9 @@ class _ProbeWeights:
     def embedding(self, dtype: torch.dtype) -> torch.Tensor:
         return fixed_values((self.config.vocab_size, self.config.hidden_size), 90).to(dtype)
 
+    def embedding_norm(self, dtype: torch.dtype) -> Mapping[str, torch.Tensor]:
+        return self.final_norm(dtype)
+
     def final_norm(self, dtype: torch.dtype) -> Mapping[str, torch.Tensor]:
         return {"norm.weight": fixed_values((self.config.hidden_size,), 91).to(dtype)}
 

@@ -1,14 +1,24 @@
-"""RMS norm over rows, in fp32, with bits that depend on the row alone.
+"""Norms over rows, in fp32, with bits that depend on the row alone.
 
-Written with a vector norm and correctly rounded operations only (multiply, add, square root, divide): torch's own
-rms_norm costs 10-13 us a call at decode sizes, this 6, and rsqrt may round differently in vector and scalar code.
+RMS norm is written with a vector norm and correctly rounded operations only (multiply, add, square root, divide):
+torch's own costs 10-13 us a call at decode sizes, this 6, and rsqrt may round differently in vector and scalar code.
+Layer norm is torch's: it goes row by row, from each row's own start.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Protocol
 
 import torch
+from torch.nn import functional
+
+
+class Norm(Protocol):
+    """fp32 rows in, normed fp32 rows out."""
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        """fp32 [..., width] -> fp32 [..., width], a tensor of its own."""
 
 
 class RMSNorm:
@@ -33,3 +43,18 @@ class RMSNorm:
     def _length(self, rows: torch.Tensor) -> torch.Tensor:
         length: torch.Tensor = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)  # [..., 1]
         return length.mul_(length).add_(self._epsilon).sqrt_()
+
+
+class LayerNorm:
+    """y = (x - mean(x)) / sqrt(variance(x) + eps) * weight + bias."""
+
+    __slots__ = ("_bias", "_epsilon", "_weight")
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor, eps: float, device: torch.device) -> None:
+        self._weight = weight.float().contiguous().to(device)
+        self._bias = bias.float().contiguous().to(device)
+        self._epsilon = eps
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        """fp32 [..., width] -> fp32 [..., width]."""
+        return functional.layer_norm(rows, self._weight.shape, self._weight, self._bias, self._epsilon)

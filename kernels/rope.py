@@ -14,6 +14,7 @@ import math
 from typing import Final
 
 import torch
+from torch.nn import functional
 
 from .models.config import RopeConfig
 
@@ -25,7 +26,10 @@ rounds differently in vector code and at such ragged ends, so bigger work is cut
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> torch.Tensor:
-    """Radians per position of each pair, fp32 [head_dim / 2], as transformers computes them."""
+    """Radians per position of each pair, fp32 [head_dim / 2], as transformers computes them.
+
+    Where only a part of a head is rotated, `head_dim` is the width of that part.
+    """
     frequencies = _series(rope.theta, head_dim)
     match rope.kind:
         case "linear":
@@ -34,6 +38,8 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> torch.Tensor:
             return _llama3(rope, frequencies)
         case "yarn":
             return _yarn(rope, head_dim)
+        case "longrope":
+            return _longrope(rope, head_dim)
     return frequencies
 
 
@@ -70,19 +76,32 @@ def _yarn(rope: RopeConfig, head_dim: int) -> torch.Tensor:
     return (1.0 / (rope.factor * wavelengths)) * ramp + (1.0 / wavelengths) * (1 - ramp)
 
 
-def interleave(rows: torch.Tensor, heads: int) -> torch.Tensor:
-    """Bring the halves of every pair together: [heads * d, ...] in Hugging Face order -> pair order."""
-    half = rows.shape[0] // (2 * heads)
-    return rows.reshape(heads, 2, half, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
+def _longrope(rope: RopeConfig, head_dim: int) -> torch.Tensor:
+    """LongRoPE: every pair has its own stretch."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
+    return 1.0 / (torch.tensor(rope.factors, dtype=torch.float32) * rope.theta**exponents)
+
+
+def interleave(rows: torch.Tensor, heads: int, rotated: int | None = None) -> torch.Tensor:
+    """Bring the halves of every pair together: [heads * d, ...] in Hugging Face order -> pair order.
+
+    The pairs are in the first `rotated` values of a head (by default all); the others stay in place.
+    """
+    by_head = rows.reshape(heads, -1, *rows.shape[1:])
+    rotated = by_head.shape[1] if rotated is None else rotated
+    pairs = by_head[:, :rotated].reshape(heads, 2, rotated // 2, *rows.shape[1:]).transpose(1, 2)
+    pairs = pairs.reshape(heads, rotated, *rows.shape[1:])
+    return torch.cat((pairs, by_head[:, rotated:]), 1).reshape(rows.shape)
 
 
 class RopeTable:
-    """exp(i p f) for every position asked for so far; grows on demand."""
+    """exp(i p f) for every position asked for so far, 1 for pairs that are not rotated; grows on demand."""
 
-    def __init__(self, rope: RopeConfig, head_dim: int, device: torch.device) -> None:
+    def __init__(self, rope: RopeConfig, head_dim: int, device: torch.device, rotated: int | None = None) -> None:
         self._rope = rope
-        self._head_dim = head_dim
-        self._frequencies = inverse_frequencies(rope, head_dim)
+        self._rotated = head_dim if rotated is None else rotated
+        self._still = (head_dim - self._rotated) // 2
+        self._frequencies = inverse_frequencies(rope, self._rotated)
         self._table = torch.empty(0, 1, head_dim // 2, dtype=torch.complex64, device=device)
 
     def rows(self, positions: torch.Tensor, end: int) -> torch.Tensor:
@@ -95,9 +114,10 @@ class RopeTable:
         old = self._table.shape[0]
         new = max(end, old + max(_TABLE_STEP, old // 2))
         positions = torch.arange(old, new, dtype=torch.int64)
-        angles = positions.float()[:, None] * self._frequencies_at(positions)  # [count, head_dim / 2]
+        angles = positions.float()[:, None] * self._frequencies_at(positions)  # [count, rotated / 2]
         scale = self._rope.attention_factor
-        fresh = torch.complex(angles.cos() * scale, angles.sin() * scale).unsqueeze(1)
+        fresh = torch.complex(angles.cos() * scale, angles.sin() * scale)
+        fresh = functional.pad(fresh, (0, self._still), value=1.0).unsqueeze(1)
         self._table = torch.cat((self._table, fresh.to(self._table.device)))
 
     def _frequencies_at(self, positions: torch.Tensor) -> torch.Tensor:
@@ -112,8 +132,8 @@ class RopeTable:
             return self._frequencies
         lengths = (positions + 1).clamp(min=rope.original_positions).double()
         growth = rope.factor * lengths / rope.original_positions - (rope.factor - 1)
-        bases = rope.theta * growth ** (self._head_dim / (self._head_dim - 2))  # [count]
-        exponents = torch.arange(0, self._head_dim, 2, dtype=torch.int64).float() / self._head_dim
+        bases = rope.theta * growth ** (self._rotated / (self._rotated - 2))  # [count]
+        exponents = torch.arange(0, self._rotated, 2, dtype=torch.int64).float() / self._rotated
         return torch.reciprocal(bases[:, None].float() ** exponents)
 
 

@@ -75,7 +75,9 @@ class Span:
         self.device = device
         self._blocks = list(blocks)
         self._needs_padding = any(linear.needs_padding for block in blocks for linear in block.linears)
-        self._tables = {rope: RopeTable(rope, config.head_dim, device) for rope in {block.rope for block in blocks}}
+        self._tables = {
+            rope: RopeTable(rope, config.head_dim, device, config.rotated) for rope in {block.rope for block in blocks}
+        }
 
     @property
     def size_bytes(self) -> int:

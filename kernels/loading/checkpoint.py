@@ -49,16 +49,19 @@ class Checkpoint(Protocol):
         """`q8_0` when head_q8() is there, else `float`."""
 
     def block(self, index: int, dtype: torch.dtype) -> Tensors:
-        """One block's tensors in `dtype`, by their name inside a Hugging Face block; only these are read."""
+        """One block's tensors in `dtype`, by our names (shapes.py); only these are read."""
 
     def embedding(self, dtype: torch.dtype) -> torch.Tensor:
         """The embedding matrix [vocab, hidden]."""
 
+    def embedding_norm(self, dtype: torch.dtype) -> Tensors:
+        """`norm.weight` and `norm.bias` of the norm after the embedding, in the families that have one."""
+
     def head(self, dtype: torch.dtype) -> Tensors:
-        """`norm.weight` and `lm_head.weight`; the latter is the embedding itself where the model ties them."""
+        """The final norm and `lm_head.weight`, which is the embedding itself where the model ties them."""
 
     def final_norm(self, dtype: torch.dtype) -> Tensors:
-        """`norm.weight` alone, for a head that stays in 8 bits."""
+        """`norm.weight` (and `norm.bias`) alone, for a head that stays in 8 bits."""
 
     def head_q8(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The LM head as stored: int8 [vocab, hidden], float16 scales [vocab, hidden / 32]. Needs head_kind q8_0."""

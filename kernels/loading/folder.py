@@ -18,19 +18,18 @@ import torch
 from ...protocol.errors import CorruptCheckpoint, ModelNotFound, UnsupportedModel
 from ...protocol.manifest import MAX_FILE_BYTES, TEMPLATE_FILE, TOKENIZER_FILE, FileEntry, Manifest
 from ..models.config import ModelConfig
+from .layouts import layout_of
 from .manifests import Hasher, Progress, by_name, cached_manifest
 from .safetensors import SafetensorsFile, StoredTensor
-from .shapes import Shape, block_shapes, check_names, check_shapes, table_shape
+from .shapes import Shape, check_names, check_shapes, norm_shapes, table_shape
 from .store import Tensors
 
 MAX_JSON_BYTES: Final = 64 * 1024 * 1024
 MAX_SHARDS: Final = 4096
-MANIFEST_VERSION: Final = 1
+MANIFEST_VERSION: Final = 2
 """Raised when the same folder would give another manifest; it names the cache item."""
 INDEX: Final = "model.safetensors.index.json"
 SINGLE: Final = "model.safetensors"
-_FIRST_NORM: Final = "layers.0.input_layernorm.weight"
-_LAYER: Final = re.compile(r"layers\.(\d{1,6})\.(.+)")
 
 
 class FolderCheckpoint:
@@ -44,6 +43,7 @@ class FolderCheckpoint:
         self._cache_dir = cache_dir
         self._progress = progress
         self.config = _read_config(folder)
+        self._layout = layout_of(self.config)
         self._shard_of = _shards(folder)
         self._open: dict[str, SafetensorsFile] = {}
         self._prefix = self._find_prefix()
@@ -87,35 +87,51 @@ class FolderCheckpoint:
         """The tensors of one block in `dtype`."""
         if not 0 <= index < self.config.num_blocks:
             raise CorruptCheckpoint(f"{self.name} has {self.config.num_blocks} blocks, none is {index}")
-        shapes = block_shapes(self.config)
-        stored = self._blocks.get(index, {})
-        check_names(self.path, f"block {index}", shapes, stored)
-        return self._read_tensors({name: (stored[name], shape) for name, shape in shapes.items()}, dtype)
+        wanted = self._layout.stored(self.config, index)
+        names = self._blocks.get(index, {})
+        check_names(self.path, f"block {index}", wanted, names)
+        stored = self._read_tensors({name: (names[name], each.shape) for name, each in wanted.items()}, dtype)
+        return {name: tensor for each in wanted for name, tensor in wanted[each].split(stored[each]).items()}
 
     def embedding(self, dtype: torch.dtype) -> torch.Tensor:
         """The embedding matrix [vocab, hidden] in `dtype`."""
-        name = self._prefix + "embed_tokens.weight"
-        return self._read_tensors({"weight": (name, table_shape(self.config))}, dtype)["weight"]
+        return self._read_tensors({"weight": (self._embedding_name, table_shape(self.config))}, dtype)["weight"]
+
+    def embedding_norm(self, dtype: torch.dtype) -> Tensors:
+        """`norm.weight` and `norm.bias` of the norm after the embedding, where the family has one."""
+        return self._read_norm(self._layout.embedding_norm, dtype)
 
     def head(self, dtype: torch.dtype) -> Tensors:
-        """`norm.weight` and `lm_head.weight` in `dtype`."""
+        """`norm.weight`, its bias if it has one, and `lm_head.weight` in `dtype`."""
         if self.config.tied_head:
             return {**self.final_norm(dtype), "lm_head.weight": self.embedding(dtype)}
         wanted = {"lm_head.weight": (self._head_name, table_shape(self.config))}
         return {**self.final_norm(dtype), **self._read_tensors(wanted, dtype)}
 
     def final_norm(self, dtype: torch.dtype) -> Tensors:
-        """`norm.weight` alone."""
-        return self._read_tensors({"norm.weight": (self._prefix + "norm.weight", (self.config.hidden_size,))}, dtype)
+        """`norm.weight`, and `norm.bias` where norms have one."""
+        return self._read_norm(self._layout.norm, dtype)
+
+    def _read_norm(self, stem: str, dtype: torch.dtype) -> Tensors:
+        shapes = norm_shapes(self.config)
+        return self._read_tensors({name: (self._norm_name(stem, name), shape) for name, shape in shapes.items()}, dtype)
+
+    def _norm_name(self, stem: str, name: str) -> str:
+        return f"{self._prefix}{stem}.{name.removeprefix('norm.')}"
 
     def head_q8(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Never there: safetensors checkpoints hold floats. Raises UnsupportedModel."""
         raise UnsupportedModel(f"{self.path}: the LM head is not stored as Q8_0")
 
     @property
+    def _embedding_name(self) -> str:
+        return f"{self._prefix}{self._layout.embedding}.weight"
+
+    @property
     def _head_name(self) -> str:
-        """`lm_head.weight` stands outside `model.`, or beside it in checkpoints with a vision part."""
-        return next((name for name in self._shard_of if name.endswith("lm_head.weight")), "lm_head.weight")
+        """The head stands outside `model.`, or beside it in checkpoints with a vision part."""
+        name = f"{self._layout.head}.weight"
+        return next((stored for stored in self._shard_of if stored.endswith(name)), name)
 
     def _read_tensors(self, wanted: Mapping[str, tuple[str, Shape]], dtype: torch.dtype) -> Tensors:
         """Our name -> (stored name, shape the config demands)."""
@@ -139,18 +155,19 @@ class FolderCheckpoint:
         return shard.tensors[name]
 
     def _find_prefix(self) -> str:
-        """What stands before `layers.0.`: `model.`, or `language_model.model.` in checkpoints with a vision part."""
+        """What stands before block 0: `model.`, or `language_model.model.` in checkpoints with a vision part."""
+        first = f"{self._layout.blocks}.0.{self._layout.rename('input_layernorm.weight')}"
         for name in self._shard_of:
-            if name.endswith(_FIRST_NORM) and "vision" not in name:
-                return name.removesuffix(_FIRST_NORM)
-        raise CorruptCheckpoint(f"{self.path}: has no tensor {_FIRST_NORM}: block 0 is missing")
+            if name.endswith(first) and "vision" not in name:
+                return name.removesuffix(first)
+        raise CorruptCheckpoint(f"{self.path}: has no tensor {first}: block 0 is missing")
 
     def _group_blocks(self) -> dict[int, dict[str, str]]:
         """Block -> name inside the block -> stored name."""
         blocks: dict[int, dict[str, str]] = {}
+        pattern = re.compile(re.escape(f"{self._prefix}{self._layout.blocks}.") + r"(\d{1,6})\.(.+)")
         for name in self._shard_of:
-            found = _LAYER.fullmatch(name.removeprefix(self._prefix)) if name.startswith(self._prefix) else None
-            if found:
+            if found := pattern.fullmatch(name):
                 blocks.setdefault(int(found[1]), {})[found[2]] = name
         if beyond := [index for index in blocks if index >= self.config.num_blocks]:
             raise CorruptCheckpoint(
@@ -160,7 +177,9 @@ class FolderCheckpoint:
 
     def _build_manifest(self) -> Manifest:
         names = [name for index in range(self.config.num_blocks) for name in self._blocks.get(index, {}).values()]
-        head = {self._prefix + "embed_tokens.weight", self._prefix + "norm.weight"}
+        head = {self._embedding_name}
+        for stem in (self._layout.norm, self._layout.embedding_norm):
+            head |= {self._norm_name(stem, name) for name in norm_shapes(self.config) if stem}
         head |= set() if self.config.tied_head else {self._head_name}
         entries = {name: self._entry(name) for name in (*names, *head) if name in self._shard_of}
         hasher = Hasher(sum(entry.end - entry.start for entry in entries.values()), self._progress)

@@ -81,6 +81,10 @@ class GgufCheckpoint:
         """The embedding matrix [vocab, hidden] in `dtype`."""
         return self._converted("embedding", dtype, {"weight": gguf_model.EMBEDDING})["weight"]
 
+    def embedding_norm(self, dtype: torch.dtype) -> Tensors:
+        """Never there: no family with one is read from GGUF. Raises UnsupportedModel."""
+        raise UnsupportedModel(f"{self.path}: has no norm after the embedding")
+
     def head(self, dtype: torch.dtype) -> Tensors:
         """`norm.weight` and `lm_head.weight` in `dtype`."""
         if self.config.tied_head:

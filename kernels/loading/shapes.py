@@ -15,38 +15,69 @@ from ..models.config import ModelConfig
 
 Shape = tuple[int, ...]
 
-IGNORED: Final = ("rotary_emb.inv_freq", "attn_rot_embd.weight", "rope_freqs.weight")
+IGNORED: Final = (
+    "rotary_emb.inv_freq",
+    "attention.bias",
+    "attention.masked_bias",
+    "attn_rot_embd.weight",
+    "rope_freqs.weight",
+)
 """Endings of tensors that old converters stored although they follow from the config."""
 _MOST_NAMED: Final = 4
 
 
-def block_shapes(config: ModelConfig) -> dict[str, Shape]:
-    """Name inside a block -> shape."""
-    hidden, inner, head = config.hidden_size, config.intermediate_size, config.head_dim
-    queries, keys = config.num_heads * head, config.num_kv_heads * head
-    shapes: dict[str, Shape] = {
-        "input_layernorm.weight": (hidden,),
-        "post_attention_layernorm.weight": (hidden,),
-        "self_attn.q_proj.weight": (queries, hidden),
-        "self_attn.k_proj.weight": (keys, hidden),
-        "self_attn.v_proj.weight": (keys, hidden),
-        "self_attn.o_proj.weight": (hidden, queries),
-        "mlp.gate_proj.weight": (inner, hidden),
-        "mlp.up_proj.weight": (inner, hidden),
-        "mlp.down_proj.weight": (hidden, inner),
-    }
+def block_shapes(config: ModelConfig, index: int = 0) -> dict[str, Shape]:
+    """Name inside a block -> shape, by our names: those of Llama, with experts one by one."""
+    hidden = config.hidden_size
+    norms = ["input_layernorm"] + ["post_attention_layernorm"] * (config.residual != "shared")
     if config.post_norms:
-        shapes |= {"pre_feedforward_layernorm.weight": (hidden,), "post_feedforward_layernorm.weight": (hidden,)}
+        norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
+    kinds = ("weight", "bias") if config.norm == "layer" else ("weight",)
+    shapes: dict[str, Shape] = {f"{norm}.{kind}": (hidden,) for norm in norms for kind in kinds}
+    return shapes | _attention_shapes(config) | _mlp_shapes(config, index)
+
+
+def _attention_shapes(config: ModelConfig) -> dict[str, Shape]:
+    hidden, head = config.hidden_size, config.head_dim
+    queries, keys = config.num_heads * head, config.num_kv_heads * head
+    shapes: dict[str, Shape] = {}
+    for name, width in (("q", queries), ("k", keys), ("v", keys)):
+        shapes |= _matrix(f"self_attn.{name}_proj", width, hidden, config.qkv_bias)
+    shapes |= _matrix("self_attn.o_proj", hidden, queries, config.output_bias)
     if config.qk_norm:
         shapes |= {"self_attn.q_norm.weight": (head,), "self_attn.k_norm.weight": (head,)}
-    if config.qkv_bias:
-        biases = {"q": queries, "k": keys, "v": keys}
-        shapes |= {f"self_attn.{name}_proj.bias": (width,) for name, width in biases.items()}
-    if config.output_bias:
-        shapes |= {"self_attn.o_proj.bias": (hidden,)}
-    if config.mlp_bias:
-        shapes |= {"mlp.gate_proj.bias": (inner,), "mlp.up_proj.bias": (inner,), "mlp.down_proj.bias": (hidden,)}
+    if config.sinks:
+        shapes["self_attn.sinks"] = (config.num_heads,)
     return shapes
+
+
+def _mlp_shapes(config: ModelConfig, index: int) -> dict[str, Shape]:
+    hidden, experts = config.hidden_size, config.experts_of(index)
+    if experts is None:
+        return _mlp("mlp", hidden, config.intermediate_size, config.mlp_bias, config.gated)
+    shapes = _matrix("mlp.router", experts.count, hidden, experts.bias)
+    for number in range(experts.count):
+        shapes |= _mlp(f"mlp.experts.{number}", hidden, experts.intermediate_size, experts.bias)
+    if experts.shared_size:
+        shapes |= _mlp("mlp.shared_expert", hidden, experts.shared_size, False)
+        shapes |= _matrix("mlp.shared_expert_gate", 1, hidden, False)
+    return shapes
+
+
+def _mlp(name: str, hidden: int, inner: int, bias: bool, gated: bool = True) -> dict[str, Shape]:
+    gate = _matrix(f"{name}.gate_proj", inner, hidden, bias) if gated else {}
+    return gate | _matrix(f"{name}.up_proj", inner, hidden, bias) | _matrix(f"{name}.down_proj", hidden, inner, bias)
+
+
+def _matrix(name: str, out_features: int, in_features: int, bias: bool) -> dict[str, Shape]:
+    weight: dict[str, Shape] = {f"{name}.weight": (out_features, in_features)}
+    return weight | ({f"{name}.bias": (out_features,)} if bias else {})
+
+
+def norm_shapes(config: ModelConfig) -> dict[str, Shape]:
+    """The same for a norm outside the blocks."""
+    kinds = ("weight", "bias") if config.norm == "layer" else ("weight",)
+    return {f"norm.{kind}": (config.hidden_size,) for kind in kinds}
 
 
 def table_shape(config: ModelConfig) -> Shape:

@@ -17,14 +17,32 @@ from typing import Any, Final
 
 from ...protocol.errors import CorruptCheckpoint, UnsupportedModel
 
-FAMILIES: Final = ("llama", "gemma3")
-"""Blocks the engine can assemble."""
-ROPE_KINDS: Final = ("default", "linear", "dynamic", "yarn", "llama3")
+FAMILIES: Final = (
+    "llama",
+    "gemma",
+    "gemma2",
+    "gemma3",
+    "phi3",
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
+    "falcon",
+    "bloom",
+    "gpt_neox",
+    "gpt_oss",
+)
+"""Names of families, for people and for file formats; what a block computes is in the other fields."""
+ROPE_KINDS: Final = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+NORMS: Final = ("rms", "layer")
+RESIDUALS: Final = ("sequential", "parallel", "shared")
+ALIBIS: Final = ("none", "bloom", "falcon")
+ROUTERS: Final = ("softmax", "chosen")
 ACTIVATIONS: Final = {
     "silu": "silu",
     "swish": "silu",
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
     "gelu": "gelu",
 }
 """Activation names in checkpoints -> ours."""
@@ -36,6 +54,7 @@ MAX_INTERMEDIATE: Final = 524_288
 MAX_VOCAB: Final = 2_097_152
 MAX_HEADS: Final = 1_024
 MAX_HEAD_DIM: Final = 1_024
+MAX_EXPERTS: Final = 1_024
 MAX_POSITIONS: Final = 33_554_432
 MAX_EOS: Final = 64
 MAX_JSON_BYTES: Final = 64 * 1024
@@ -65,6 +84,8 @@ class RopeConfig:
     """yarn: round the two borders to whole dimensions."""
     attention_factor: float = 1.0
     """cos and sin are multiplied by this."""
+    factors: tuple[float, ...] = ()
+    """longrope: what the wavelength of each pair is multiplied by."""
 
     def __post_init__(self) -> None:
         if self.kind not in ROPE_KINDS:
@@ -78,6 +99,41 @@ class RopeConfig:
             raise CorruptCheckpoint("rope low_freq_factor must be positive and below high_freq_factor")
         if self.kind == "yarn" and not 0 < self.beta_slow <= self.beta_fast:
             raise CorruptCheckpoint("rope beta_slow must be positive and not above beta_fast")
+        if len(self.factors) > MAX_HEAD_DIM or (self.kind == "longrope") != bool(self.factors):
+            raise CorruptCheckpoint(f"rope scaling {self.kind!r} with {len(self.factors)} factors")
+        for factor in self.factors:
+            check_range("rope factors", factor, 1e-6, 1e6)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertsConfig:
+    """A mixture of experts in place of the MLP."""
+
+    count: int
+    """Experts of a block."""
+    active: int
+    """Experts a token goes through."""
+    intermediate_size: int
+    """Width inside one expert."""
+    router: str = "softmax"
+    """softmax: weights are the chosen experts' shares of all; chosen: a softmax over the chosen ones' scores alone."""
+    normalize: bool = True
+    """softmax router: the chosen experts' weights are scaled up to a sum of 1."""
+    shared_size: int = 0
+    """Width inside the expert that every token goes through, behind a gate of its own; 0 where there is none."""
+    bias: bool = False
+    """Biases on the router and on the experts' matrices."""
+    dense_blocks: tuple[int, ...] = ()
+    """Blocks that have a plain gated MLP instead."""
+
+    def __post_init__(self) -> None:
+        check_int("experts", self.count, 1, MAX_EXPERTS)
+        check_int("active experts", self.active, 1, self.count)
+        check_int("expert intermediate_size", self.intermediate_size, 1, MAX_INTERMEDIATE)
+        check_int("shared expert size", self.shared_size, 0, MAX_INTERMEDIATE)
+        check_choice("router", self.router, ROUTERS)
+        if len(self.dense_blocks) > MAX_BLOCKS:
+            raise CorruptCheckpoint(f"{len(self.dense_blocks)} dense blocks: at most {MAX_BLOCKS} are allowed")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +157,9 @@ class ModelConfig:
     head_dim: int
     """Width of one head."""
     norm_eps: float
-    """Added to the mean square in every RMS norm."""
+    """Added to the mean square (variance) in every norm."""
+    norm: str = "rms"
+    """rms, or layer: centred, with a bias."""
     max_positions: int
     """Longest context the model was made for."""
     rope: RopeConfig
@@ -112,8 +170,27 @@ class ModelConfig:
     """A sliding block's query at p sees keys p - sliding_window + 1 ... p."""
     sliding_blocks: tuple[bool, ...] = ()
     """Which blocks are sliding; empty when sliding_window is None."""
+    rotary_dim: int | None = None
+    """How many of a head's leading values are rotated; None: all, 0: none."""
+    alibi: str = "none"
+    """Scores fall with distance: not at all, as in BLOOM, or as in Falcon (scaled with them, slopes in bf16)."""
+    score_softcap: float | None = None
+    """Attention scores become cap * tanh(scores / cap)."""
+    sinks: bool = False
+    """Every query also attends to a sink that has a score per head and no value (GPT-OSS)."""
+    residual: str = "sequential"
+    """sequential: the MLP follows attention; parallel: both read the block's input, each through a norm of its own;
+    shared: both through the same norm."""
+    gated: bool = True
+    """MLP: down(activation(gate) * up); otherwise down(activation(up))."""
+    experts: ExpertsConfig | None = None
+    """A mixture of experts instead of the MLP."""
     activation: str = "silu"
     """silu, gelu_tanh or gelu."""
+    swiglu_limit: float | None = None
+    """Clamp of gate and up, and then gate * sigmoid(swiglu_alpha * gate) * (up + 1) (GPT-OSS)."""
+    swiglu_alpha: float = 1.702
+    """See swiglu_limit."""
     query_scale: float
     """Attention scores are multiplied by this."""
     qk_norm: bool = False
@@ -130,6 +207,8 @@ class ModelConfig:
     """Norms after attention and MLP too, before the residual sum (Gemma)."""
     embed_scale: float = 1.0
     """Embedding rows are multiplied by this."""
+    embed_norm: bool = False
+    """A norm follows the embedding (BLOOM)."""
     final_softcap: float | None = None
     """Logits become cap * tanh(logits / cap)."""
     tied_head: bool = False
@@ -140,10 +219,11 @@ class ModelConfig:
     """Tokens that end a text."""
 
     def __post_init__(self) -> None:
-        if self.family not in FAMILIES:
-            raise UnsupportedModel(f"block family {self.family!r} is not supported: {', '.join(FAMILIES)} are")
-        if self.activation not in ACTIVATIONS.values():
-            raise UnsupportedModel(f"activation {self.activation!r} is not supported: silu, gelu_tanh, gelu are")
+        check_choice("block family", self.family, FAMILIES)
+        check_choice("activation", self.activation, tuple(dict.fromkeys(ACTIVATIONS.values())))
+        check_choice("norm", self.norm, NORMS)
+        check_choice("residual form", self.residual, RESIDUALS)
+        check_choice("ALiBi", self.alibi, ALIBIS)
         check_int("num_blocks", self.num_blocks, 1, MAX_BLOCKS)
         check_int("hidden_size", self.hidden_size, 1, MAX_HIDDEN)
         check_int("intermediate_size", self.intermediate_size, 1, MAX_INTERMEDIATE)
@@ -155,12 +235,29 @@ class ModelConfig:
         check_range("norm_eps", self.norm_eps, 0.0, 1.0)
         check_range("query_scale", self.query_scale, 1e-6, 1e6)
         check_range("embed_scale", self.embed_scale, 1e-6, 1e6)
+        for name in ("score_softcap", "final_softcap", "swiglu_limit", "swiglu_alpha"):
+            if getattr(self, name) is not None:
+                check_range(name, getattr(self, name), 1e-3, 1e6)
         if self.num_heads % self.num_kv_heads:
             raise CorruptCheckpoint(f"{self.num_heads} query heads do not divide over {self.num_kv_heads} KV heads")
         if self.head_dim % 2:
             raise CorruptCheckpoint(f"head_dim {self.head_dim} is odd: rotary embedding needs pairs")
+        self._check_forms()
         self._check_windows()
         self._check_tokens()
+
+    def _check_forms(self) -> None:
+        check_int("rotary_dim", self.rotated, 0, self.head_dim)
+        if self.rotated % 2 or (self.rotated == 2 and self.rope.kind == "dynamic"):
+            raise CorruptCheckpoint(f"rotary embedding of {self.rotated} values: it needs pairs")
+        if self.rope.factors and len(self.rope.factors) * 2 != self.rotated:
+            raise CorruptCheckpoint(f"{len(self.rope.factors)} rope factors for {self.rotated} rotated values")
+        if self.residual != "sequential" and self.post_norms:
+            raise UnsupportedModel("norms after attention in a parallel block are not supported")
+        if self.norm == "layer" and (self.norm_offset or self.qk_norm):
+            raise UnsupportedModel("layer norms with an offset or on heads are not supported")
+        if self.experts is not None and not self.gated:
+            raise UnsupportedModel("experts without a gate are not supported")
 
     def _check_windows(self) -> None:
         if self.sliding_window is None:
@@ -181,6 +278,15 @@ class ModelConfig:
         """The sliding window of a block, None where it attends to everything before it."""
         return self.sliding_window if self.sliding_blocks and self.sliding_blocks[block] else None
 
+    @property
+    def rotated(self) -> int:
+        """How many of a head's values are rotated."""
+        return self.head_dim if self.rotary_dim is None else self.rotary_dim
+
+    def experts_of(self, block: int) -> ExpertsConfig | None:
+        """The experts of a block, None where it has a plain MLP."""
+        return None if self.experts is None or block in self.experts.dense_blocks else self.experts
+
     def rope_of(self, block: int) -> RopeConfig:
         """The rotary embedding a block uses."""
         return self.local_rope if self.local_rope is not None and self.window(block) is not None else self.rope
@@ -189,7 +295,14 @@ class ModelConfig:
         """Weights in the matrices of one block: what a placement decision and a memory estimate count."""
         qkv = self.hidden_size * self.head_dim * (self.num_heads + 2 * self.num_kv_heads)
         output = self.num_heads * self.head_dim * self.hidden_size
-        return qkv + output + 3 * self.hidden_size * self.intermediate_size
+        return qkv + output + self.hidden_size * self._mlp_width()
+
+    def _mlp_width(self) -> int:
+        """Weights in the MLP's matrices per hidden value."""
+        if self.experts is not None:
+            experts = self.experts
+            return 3 * (experts.count * experts.intermediate_size + experts.shared_size) + experts.count
+        return (3 if self.gated else 2) * self.intermediate_size
 
     def parameters(self) -> int:
         """Weights in all matrices of the model."""
@@ -224,7 +337,9 @@ class ModelConfig:
         return read_config(mapping)
 
 
-def _typed(cls: type[ModelConfig] | type[RopeConfig], values: Mapping[str, Any]) -> dict[str, Any]:
+def _typed(
+    cls: type[ModelConfig] | type[RopeConfig] | type[ExpertsConfig], values: Mapping[str, Any]
+) -> dict[str, Any]:
     """Check JSON values against the dataclass: known names only, and the JSON type of each field."""
     names = {item.name for item in fields(cls)}
     if unknown := set(values) - names:
@@ -244,15 +359,23 @@ def _field(name: str, kind: str, value: Any) -> Any:
             return value
         case "int" if isinstance(value, int) and not isinstance(value, bool):
             return value
-        case "float" if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        case "float" if _is_number(value):
             return float(value)
         case "RopeConfig":
             return RopeConfig(**_typed(RopeConfig, as_mapping(value, name)))
+        case "ExpertsConfig":
+            return ExpertsConfig(**_typed(ExpertsConfig, as_mapping(value, name)))
+        case "tuple[float, ...]" if isinstance(value, list) and all(_is_number(item) for item in value):
+            return tuple(float(item) for item in value)
         case "tuple[bool, ...]" if isinstance(value, list) and all(isinstance(item, bool) for item in value):
             return tuple(value)
         case "tuple[int, ...]" if isinstance(value, list) and all(type(item) is int for item in value):
             return tuple(value)
     raise CorruptCheckpoint(f"model config: {name} is {value!r:.60}, expected {kind}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def as_mapping(value: Any, name: str) -> Mapping[str, Any]:
@@ -264,6 +387,11 @@ def as_mapping(value: Any, name: str) -> Mapping[str, Any]:
 def check_int(name: str, value: int, low: int, high: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
         raise CorruptCheckpoint(f"model config: {name} is {value!r}, expected {low} to {high}")
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UnsupportedModel(f"{name} {value!r} is not supported: {', '.join(choices)} are")
 
 
 def check_range(name: str, value: float, low: float, high: float) -> None:

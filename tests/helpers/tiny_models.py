@@ -6,12 +6,10 @@ norm, rotation or mask shows in the logits.
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from swarmnode.kernels.loading.shapes import block_shapes, norm_shapes
 from swarmnode.kernels.models.config import ModelConfig, RopeConfig
 
 BASE = {
@@ -45,6 +43,28 @@ GEMMA = {
     "query_pre_attn_scalar": 24,
     "sliding_window": 24,
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
+
+GEMMA2 = {"head_dim": 32, "query_pre_attn_scalar": 24, "sliding_window": 24, "attn_logit_softcapping": 5.0}
+EXPERTS = {"num_local_experts": 6, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+LONGROPE = {
+    "max_position_embeddings": 512,
+    "original_max_position_embeddings": 16,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 10_000.0,
+        "original_max_position_embeddings": 16,
+        "short_factor": [1.0] * 8,
+        "long_factor": [1.0 + 0.5 * pair for pair in range(8)],
+    },
+}
+PHI3 = {"pad_token_id": None}
+OSS = {
+    "head_dim": 16,
+    "num_local_experts": 6,
+    "num_experts_per_tok": 3,
+    "sliding_window": 24,
+    "swiglu_limit": 1.5,
 }
 
 VARIATIONS: dict[str, tuple[str, dict]] = {
@@ -82,6 +102,61 @@ VARIATIONS: dict[str, tuple[str, dict]] = {
             },
         },
     ),
+    "gemma": ("gemma", {"head_dim": 32}),
+    "gemma-mqa": ("gemma", {"head_dim": 32, "num_key_value_heads": 1, "hidden_act": "gelu"}),
+    "gemma2": ("gemma2", GEMMA2),
+    "gemma2-uncapped": (
+        "gemma2",
+        {**GEMMA2, "attn_logit_softcapping": None, "final_logit_softcapping": None, "sliding_window": 40},
+    ),
+    "gemma2-full": ("gemma2", {**GEMMA2, "layer_types": ["full_attention"] * 3, "num_key_value_heads": 4}),
+    "phi3": ("phi3", PHI3),
+    "phi3-sliding": ("phi3", {**PHI3, "sliding_window": 20, "num_key_value_heads": 4}),
+    "phi3-longrope": ("phi3", {**PHI3, **LONGROPE}),
+    "phi3-partial": ("phi3", {**PHI3, "partial_rotary_factor": 0.75, "tie_word_embeddings": True}),
+    "mixtral": ("mixtral", EXPERTS),
+    "mixtral-sliding": ("mixtral", {**EXPERTS, "sliding_window": 24, "num_experts_per_tok": 1, "head_dim": 32}),
+    "qwen2_moe": ("qwen2_moe", {**EXPERTS, "shared_expert_intermediate_size": 80}),
+    "qwen2_moe-mixed": (
+        "qwen2_moe",
+        {
+            **EXPERTS,
+            "shared_expert_intermediate_size": 32,
+            "mlp_only_layers": [1],
+            "norm_topk_prob": True,
+            "use_sliding_window": True,
+            "sliding_window": 20,
+        },
+    ),
+    "qwen3_moe": ("qwen3_moe", {**EXPERTS, "head_dim": 32}),
+    "qwen3_moe-normalized": (
+        "qwen3_moe",
+        {**EXPERTS, "norm_topk_prob": True, "decoder_sparse_step": 2, "attention_bias": True},
+    ),
+    "gpt_oss": ("gpt_oss", OSS),
+    "gpt_oss-yarn": ("gpt_oss", {**OSS, "rope_parameters": {**YARN, "truncate": False}, "num_key_value_heads": 1}),
+    "falcon-7b": ("falcon", {}),
+    "falcon-biases": ("falcon", {"bias": True, "tie_word_embeddings": False, "ffn_hidden_size": 96}),
+    "falcon-40b": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon-11b": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1}),
+    "falcon-rw": ("falcon", {"alibi": True, "parallel_attn": False, "multi_query": False, "bias": True}),
+    "falcon-rw-odd": ("falcon", {"alibi": True, "num_attention_heads": 6, "hidden_size": 96}),
+    "bloom": ("bloom", {"n_layer": 3, "n_head": 4}),
+    "bloom-odd-untied": ("bloom", {"n_layer": 3, "n_head": 6, "hidden_size": 96, "tie_word_embeddings": False}),
+    "neox": ("gpt_neox", {}),
+    "neox-sequential": ("gpt_neox", {"use_parallel_residual": False, "rotary_pct": 1.0, "hidden_act": "gelu_new"}),
+    "neox-linear-rope": (
+        "gpt_neox",
+        {
+            "attention_bias": False,
+            "rope_parameters": {
+                "rope_type": "linear",
+                "factor": 2.0,
+                "rope_theta": 10_000.0,
+                "partial_rotary_factor": 0.5,
+            },
+        },
+    ),
 }
 
 
@@ -96,12 +171,17 @@ def make_checkpoint(folder: Path, model_type: str, **changes) -> Path:
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1:
                 parameter.normal_(0.3, 0.3)
-            elif "embed" in name or "lm_head" in name:
+            elif "embed" in name or "lm_head" in name or parameter.shape[0] == BASE["vocab_size"]:
                 parameter.normal_(0.0, 0.3)
             else:
-                parameter.normal_(0.0, 1.5 / parameter.shape[1] ** 0.5)
+                parameter.normal_(0.0, 1.5 / parameter.shape[_inputs(name, parameter)] ** 0.5)
     model.save_pretrained(folder)
     return folder
+
+
+def _inputs(name: str, parameter: torch.Tensor) -> int:
+    """The dimension that is summed over: GPT-OSS's experts are [expert, in, out], all others end in it."""
+    return 1 if parameter.dim() == 2 or "experts.gate_up_proj" not in name else 2
 
 
 def make_variation(folder: Path, name: str, **changes) -> Path:
@@ -111,41 +191,15 @@ def make_variation(folder: Path, name: str, **changes) -> Path:
 
 
 def load_oracle(folder: Path):
-    """transformers' model of the checkpoint: fp32, eager attention (what others are measured against)."""
-    from transformers import AutoModelForCausalLM
+    """transformers' model of the checkpoint: fp32, eager attention (what others are measured against).
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    Falcon by SDPA: its eager attention adds ALiBi twice in transformers 5, through the mask and to the scores.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-
-@dataclass
-class TinyCheckpoint:
-    """The engine's side of a checkpoint folder with one safetensors file: the Checkpoint protocol, read plainly."""
-
-    folder: Path
-    head_kind: str = "float"
-
-    @property
-    def config(self) -> ModelConfig:
-        return ModelConfig.from_hf(json.loads((self.folder / "config.json").read_text()))
-
-    def _read(self, prefix: str, dtype: torch.dtype, only: str = "") -> dict[str, torch.Tensor]:
-        with safe_open(self.folder / "model.safetensors", "pt") as file:
-            names = [name for name in file.keys() if name.startswith(prefix + only)]  # noqa: SIM118
-            return {name.removeprefix(prefix): file.get_tensor(name).to(dtype) for name in names}
-
-    def block(self, index: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        return self._read(f"model.layers.{index}.", dtype)
-
-    def embedding(self, dtype: torch.dtype) -> torch.Tensor:
-        return self._read("model.embed_tokens.", dtype)["weight"]
-
-    def final_norm(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        return self._read("model.", dtype, only="norm.weight")
-
-    def head(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        untied = self._read("lm_head.", dtype).get("weight")
-        weight = self.embedding(dtype) if untied is None else untied
-        return {**self.final_norm(dtype), "lm_head.weight": weight}
+    falcon = AutoConfig.from_pretrained(folder).model_type == "falcon"
+    kernel = "sdpa" if falcon else "eager"
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=kernel).eval()
 
 
 def make_config(**changes) -> ModelConfig:
@@ -184,37 +238,17 @@ class RandomCheckpoint:
         }
 
     def block(self, index: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        config = self.config
-        hidden, inner, width = config.hidden_size, config.intermediate_size, config.head_dim
-        shapes = {
-            "self_attn.q_proj.weight": (config.num_heads * width, hidden),
-            "self_attn.k_proj.weight": (config.num_kv_heads * width, hidden),
-            "self_attn.v_proj.weight": (config.num_kv_heads * width, hidden),
-            "self_attn.o_proj.weight": (hidden, config.num_heads * width),
-            "mlp.gate_proj.weight": (inner, hidden),
-            "mlp.up_proj.weight": (inner, hidden),
-            "mlp.down_proj.weight": (hidden, inner),
-            "input_layernorm.weight": (hidden,),
-            "post_attention_layernorm.weight": (hidden,),
-        }
-        if config.post_norms:
-            shapes |= {"pre_feedforward_layernorm.weight": (hidden,), "post_feedforward_layernorm.weight": (hidden,)}
-        if config.qk_norm:
-            shapes |= {"self_attn.q_norm.weight": (width,), "self_attn.k_norm.weight": (width,)}
-        biased = (
-            ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"] * config.qkv_bias
-            + ["self_attn.o_proj"] * config.output_bias
-            + ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"] * config.mlp_bias
-        )
-        shapes |= {f"{name}.bias": (shapes[f"{name}.weight"][0],) for name in biased}
-        return self._random(index + 1, shapes, dtype)
+        return self._random(index + 1, block_shapes(self.config, index), dtype)
+
+    def embedding_norm(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        return self._random(502, norm_shapes(self.config), dtype)
 
     def embedding(self, dtype: torch.dtype) -> torch.Tensor:
         shape = (self.config.vocab_size, self.config.hidden_size)
         return self._random(500, {"weight": shape}, dtype)["weight"]
 
     def final_norm(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        return self._random(501, {"norm.weight": (self.config.hidden_size,)}, dtype)
+        return self._random(501, norm_shapes(self.config), dtype)
 
     def head(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         return {**self.final_norm(dtype), "lm_head.weight": self.embedding(dtype)}

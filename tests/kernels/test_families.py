@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from helpers.tiny_models import VARIATIONS, TinyCheckpoint, load_oracle, make_variation
+from helpers.tiny_models import VARIATIONS, load_oracle, make_variation
 from swarmnode.kernels.engine import load_embedding, load_head, load_span
 from swarmnode.kernels.kvcache import KVPool
+from swarmnode.kernels.loading.folder import FolderCheckpoint
 from swarmnode.kernels.span import Piece
 
 TOKENS = 90
@@ -16,7 +17,7 @@ class Ours:
     """A whole tiny model in one process."""
 
     def __init__(self, folder):
-        checkpoint = TinyCheckpoint(folder)
+        checkpoint = FolderCheckpoint(folder, "tiny", folder)
         blocks = checkpoint.config.num_blocks
         self.span = load_span(checkpoint, 0, blocks, dtype=torch.float32)
         self.embedding = load_embedding(checkpoint, dtype=torch.float32)
