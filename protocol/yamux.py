@@ -238,8 +238,9 @@ class Session:
         if not 0 < size <= self.frame_limit or size > stream.send_credit:
             return None
         stream.send_credit -= size
-        self.tally.frames_out[stream.priority] += 1
-        self.tally.bytes_out[stream.priority] += size
+        tally, priority = self.tally, stream.priority
+        tally.frames_out[priority] += 1
+        tally.bytes_out[priority] += size
         return b"".join((HEADER.pack(0, FrameType.DATA, Flag.NONE, stream.id, size), *parts))
 
     # -- for streams --
@@ -369,8 +370,9 @@ class Session:
         if stream is None or stream.remote_fin or not 0 < size <= stream.recv_credit or size > available:
             return None
         stream.recv_credit -= size
-        self.tally.frames_in[stream.priority] += 1
-        self.tally.bytes_in[stream.priority] += size
+        tally, priority = self.tally, stream.priority
+        tally.frames_in[priority] += 1
+        tally.bytes_in[priority] += size
         return stream
 
     def _session_frame(self, kind: int, flags: int, value: int, events: list[Event]) -> None:
