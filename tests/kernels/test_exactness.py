@@ -8,7 +8,7 @@ import torch
 from helpers.tiny_models import RandomCheckpoint, make_config
 from swarmnode.kernels.engine import load_embedding, load_head, load_span
 from swarmnode.kernels.kvcache import KVPool, NeedReplay
-from swarmnode.kernels.models.config import RopeConfig
+from swarmnode.kernels.models.config import ExpertsConfig, RopeConfig
 from swarmnode.kernels.span import Piece
 from swarmnode.protocol.tensors import Codec
 
@@ -23,6 +23,7 @@ GEMMA = {
     "norm_offset": 1.0,
     "post_norms": True,
 }
+LAYER = {"norm": "layer", "gated": False, "qkv_bias": True, "output_bias": True, "mlp_bias": True}
 # Big enough for packed kernels (65,536 weights), of several head shapes; widths that are no power of two.
 SHAPES = {
     "gqa": {"num_heads": 8},
@@ -33,6 +34,18 @@ SHAPES = {
     "gemma": {"num_heads": 8, **GEMMA, **SLIDING},
     "gelu-biases": {"activation": "gelu", "mlp_bias": True, "output_bias": True, "qkv_bias": True, "num_heads": 8},
     "small-weights": {},
+    "capped": {"num_heads": 6, "score_softcap": 5.0, **GEMMA, **SLIDING},
+    "alibi": {**LAYER, "alibi": "bloom", "rotary_dim": 0, "num_heads": 6, "num_kv_heads": 6, "embed_norm": True},
+    "falcon": {**LAYER, "alibi": "falcon", "rotary_dim": 0, "num_heads": 5, "num_kv_heads": 1, "residual": "shared"},
+    "neox": {**LAYER, "rotary_dim": 8, "num_heads": 8, "num_kv_heads": 8, "residual": "parallel"},
+    "experts": {"num_heads": 8, "experts": ExpertsConfig(count=5, active=2, intermediate_size=320, shared_size=320)},
+    "sinks-and-experts": {
+        "num_heads": 6,
+        "sinks": True,
+        "swiglu_limit": 1.5,
+        "experts": ExpertsConfig(count=6, active=3, intermediate_size=320, router="chosen", bias=True),
+        **SLIDING,
+    },
 }
 PRECISIONS = [
     (torch.float32, "none"),
@@ -40,6 +53,15 @@ PRECISIONS = [
     (torch.bfloat16, "int8"),
     (torch.bfloat16, "nf4"),
 ]
+MIXED = {
+    "capped": PRECISIONS[1:2],
+    "alibi": PRECISIONS[:1],
+    "falcon": PRECISIONS[2:3],
+    "neox": PRECISIONS[1:2],
+    "experts": PRECISIONS[2:4],
+    "sinks-and-experts": PRECISIONS[1:2],
+}
+"""What they run in by default; the rest is slow."""
 
 
 @pytest.fixture(autouse=True)
@@ -85,8 +107,15 @@ def random_passes(model, expected, rng, **more):
         each.free()
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(("dtype", "quant"), PRECISIONS, ids=str)
+def cases():
+    """Every shape in every precision; the mixed forms in a few of them by default."""
+    for shape in SHAPES:
+        for dtype, quant in PRECISIONS:
+            rare = shape in MIXED and (dtype, quant) not in MIXED[shape]
+            yield pytest.param(shape, dtype, quant, marks=[pytest.mark.slow] if rare else [])
+
+
+@pytest.mark.parametrize(("shape", "dtype", "quant"), cases())
 def test_rows_do_not_depend_on_anything_else(shape, dtype, quant):
     model = Model(shape, dtype, quant)
     expected = model.whole(cuts=CUTS, codec=Codec.INT8S)
