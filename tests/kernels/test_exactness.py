@@ -115,7 +115,7 @@ def cases():
             yield pytest.param(shape, dtype, quant, marks=[pytest.mark.slow] if rare else [])
 
 
-@pytest.mark.parametrize(("shape", "dtype", "quant"), cases())
+@pytest.mark.parametrize(("shape", "dtype", "quant"), list(cases()))
 def test_rows_do_not_depend_on_anything_else(shape, dtype, quant):
     model = Model(shape, dtype, quant)
     expected = model.whole(cuts=CUTS, codec=Codec.INT8S)
