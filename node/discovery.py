@@ -51,6 +51,8 @@ MAX_MET: Final = 64
 """Nodes kept as ways back into the swarm."""
 MAX_NEWCOMERS: Final = 64
 """Peers that just said they speak our protocol, and will be asked whether they answer."""
+GREET_AFTER_S: Final = 0.3
+"""Our own servers name themselves in their first question, which has come by then: no need to ask them."""
 LEAVE_S: Final = 1.0
 """Longest wait for tombstones to be taken when leaving."""
 _CHUNK: Final = 64 * 1024
@@ -122,6 +124,7 @@ class Discovery:
         self._entrances: tuple[Multiaddr, ...] = ()
         self._met: OrderedDict[PeerId, tuple[Multiaddr, ...]] = OrderedDict()
         self._newcomers: set[PeerId] = set()
+        self._greet_at = float("inf")
         self._rejoin_wait_s = REJOIN_FIRST_S
         self._rejoin_at = float("inf")
         if server_mode:
@@ -139,7 +142,7 @@ class Discovery:
                 self._tasks = tasks
                 while True:
                     self._tick()
-                    await self._until(min(self.dht.next_timer(), self._rejoin_at))
+                    await self._until(min(self.dht.next_timer(), self._rejoin_at, self._greet_at))
         finally:
             self._tasks = None
             self._close()
@@ -268,7 +271,8 @@ class Discovery:
     def _tick(self) -> None:
         now, wall = self._times()
         self.dht.addrs = self._host.listen_addrs
-        self._greet_newcomers(now)
+        if now >= self._greet_at:
+            self._greet_newcomers(now)
         self.dht.whereabouts.measure(self._host.rtt, now)
         self.dht.tick(now, wall)
         self.contents.tick(now)
@@ -400,9 +404,11 @@ class Discovery:
         """Servers of other implementations do not name themselves in requests: their identify does."""
         if self._protocol in self._host.book.get(peer).protocols and len(self._newcomers) < MAX_NEWCOMERS:
             self._newcomers.add(peer)
+            self._greet_at = min(self._greet_at, self._clock.now() + GREET_AFTER_S)
+            self._alarm.set()
 
     def _greet_newcomers(self, now: float) -> None:
-        newcomers, self._newcomers = self._newcomers, set()
+        newcomers, self._newcomers, self._greet_at = self._newcomers, set(), float("inf")
         for peer in sorted(newcomers):
             if addrs := self._host.addrs(peer):
                 self.dht.greet(Contact(peer, addrs), now)

@@ -24,7 +24,7 @@ from typing import Final
 
 from ..protocol.errors import RemoteProtocolError
 from ..protocol.ids import PeerId, PrivateKey
-from ..protocol.kad import KadPeer, LeasedEntry, Message, MessageType
+from ..protocol.kad import MAX_PEERS, KadPeer, LeasedEntry, Message, MessageType
 from ..protocol.multiaddr import Multiaddr
 from ..protocol.records import SignedEntry
 from .actions import Ask, Finished
@@ -188,7 +188,10 @@ class Dht:
         except RemoteProtocolError:
             self.misbehaved(remote, now)
             raise
-        return self._signed_off(replace(reply, coordinate=self.whereabouts.told()), is_local(seen))
+        reply = self._signed_off(replace(reply, coordinate=self.whereabouts.told()), is_local(seen))
+        if request.key == self.own.raw and reply.sender is not None:  # for implementations that do not read `sender`
+            reply = replace(reply, closer_peers=(reply.sender, *reply.closer_peers[: MAX_PEERS - 1]))
+        return reply
 
     def on_reply(
         self, ask: int, seen: Multiaddr | None, reply: Message, now: float, wall: float, rtt_s: float | None = None

@@ -187,6 +187,15 @@ def test_an_answer_names_the_twenty_freshest():
     assert [peer.peer for peer in named] == [key_of(29 - number).peer_id for number in range(MAX_PEERS)]
 
 
+def test_who_looks_for_us_hears_of_us_even_from_us():
+    dht = machine()
+    for mode, addrs in ((False, ()), (True, (FAR.to_bytes(),))):
+        dht.server_mode, dht.addrs = mode, (FAR,)
+        closer = handle(dht, "js", type=MessageType.FIND_NODE, key=dht.own.raw).closer_peers
+        assert [peer.addrs for peer in closer if peer.peer == dht.own] == [addrs] * mode
+    assert handle(dht, "js", type=MessageType.FIND_NODE, key=b"another").closer_peers == ()
+
+
 # Liars
 
 

@@ -1,10 +1,13 @@
 // js-libp2p as an interop peer. One JSON object per line on stdout, one task per line on stdin.
 //   node --import ./polyfill.mjs node.mjs listen [OPTION…]             a free loopback port: {ready, id, addrs}
 //   node --import ./polyfill.mjs node.mjs dial ADDR [TASK…] [OPTION…]  {connected, encryption, muxer}, then the tasks'
-// Options: --key Ed25519|RSA|secp256k1, --host IP, --hurry MS (keepalives this often, monitor pings every 20th time).
+// Options: --key Ed25519|RSA|secp256k1, --host IP, --hurry MS (keepalives this often, monitor pings every 20th time),
+// --dht server|client.
 // Tasks, with whoever connected last:
 //   connect:ADDR | ping | identify | book | echo:BYTES | streams:COUNT | digest:BYTES | goodbye:BYTES
 //   push:ID | knows:ID | bench
+// Tasks of its DHT (--dht): table:COUNT (waits for so many) | find:PEER | closest:KEY | put:KEY,VALUE | get:KEY |
+//   provide:MULTIHASH | providers:MULTIHASH; keys and values are hexadecimal
 // Protocols it answers:
 //   echo     u8 kind, u32 length, payload; kind 0 comes back, kind 1 is swallowed, kind 2 is answered by 5 zeros
 //   digest   all until the dialer's end; then the sha256 comes back: the dialer ends its direction first
@@ -16,15 +19,21 @@ import { noise } from '@chainsafe/libp2p-noise'
 import { yamux } from '@chainsafe/libp2p-yamux'
 import { generateKeyPair } from '@libp2p/crypto/keys'
 import { identify, identifyPush } from '@libp2p/identify'
+import { kadDHT, passthroughMapper } from '@libp2p/kad-dht'
+import { peerIdFromString } from '@libp2p/peer-id'
 import { ping } from '@libp2p/ping'
 import { tcp } from '@libp2p/tcp'
 import { byteStream } from '@libp2p/utils'
 import { multiaddr } from '@multiformats/multiaddr'
 import { createLibp2p } from 'libp2p'
+import { CID } from 'multiformats/cid'
+import * as Digest from 'multiformats/hashes/digest'
 
 const ECHO = '/swarmnode/test-echo/1.0.0'
 const DIGEST = '/swarmnode/test-digest/1.0.0'
 const GOODBYE = '/swarmnode/test-goodbye/1.0.0'
+const KAD = '/swarmnode/kad/1.0.0'
+const RAW = 0x55
 const MANY = { maxInboundStreams: 1024, maxOutboundStreams: 1024 }
 const MAX_BUFFER = 64 << 20
 const HEADER = 5
@@ -35,17 +44,27 @@ const { values: options, positionals: [mode, target, ...tasks] } = parseArgs({
   options: {
     key: { type: 'string', default: 'Ed25519' },
     host: { type: 'string', default: '127.0.0.1' },
-    hurry: { type: 'string' }
+    hurry: { type: 'string' },
+    dht: { type: 'string' }
   }
 })
 const hurry = options.hurry && Number(options.hurry)
+const services = { identify: identify(), identifyPush: identifyPush(), ping: ping() }
+if (options.dht) {
+  services.dht = kadDHT({
+    protocol: KAD,
+    clientMode: options.dht === 'client',
+    peerInfoMapper: passthroughMapper, // tell loopback addresses
+    initialQuerySelfInterval: 50
+  })
+}
 const node = await createLibp2p({
   privateKey: await generateKeyPair(options.key, 2048),
   addresses: { listen: mode === 'listen' ? [`/ip${options.host.includes(':') ? 6 : 4}/${options.host}/tcp/0`] : [] },
   transports: [tcp()],
   connectionEncrypters: [noise()],
   streamMuxers: [yamux(hurry ? { keepAliveInterval: hurry } : {})],
-  services: { identify: identify(), identifyPush: identifyPush(), ping: ping() },
+  services,
   // its pings must not overlap: js allows one at a time, and takes a refusal for a dead connection
   connectionMonitor: hurry ? { pingInterval: 20 * hurry } : {},
   connectionGater: { denyDialMultiaddr: () => false }
@@ -210,6 +229,51 @@ async function pings () {
   return times
 }
 
+const fromHex = text => new Uint8Array(Buffer.from(text, 'hex'))
+const toHex = bytes => Buffer.from(bytes).toString('hex')
+const place = found => ({ id: found.id.toString(), addrs: found.multiaddrs.map(a => a.toString()) })
+const cid = text => CID.createV1(RAW, Digest.decode(fromHex(text)))
+
+async function all (events, name) {
+  const found = []
+  for await (const event of events) if (event.name === name) found.push(event)
+  return found
+}
+
+async function put (key, value) {
+  const answers = await all(node.services.dht.put(fromHex(key), fromHex(value)), 'PEER_RESPONSE')
+  return answers.filter(one => one.record != null && toHex(one.record.value) === value).map(one => one.from.toString())
+}
+
+async function performInDht (what, argument) {
+  const dht = node.services.dht
+  switch (what) {
+    case 'table':
+      return { table: await eventually(() => dht.routingTable.size >= Number(argument) && dht.routingTable.size) }
+    case 'find': {
+      const found = await all(dht.findPeer(peerIdFromString(argument), { useCache: false }), 'FINAL_PEER')
+      return { find: place(found[0].peer) }
+    }
+    case 'closest': {
+      const found = await all(dht.getClosestPeers(fromHex(argument)), 'FINAL_PEER')
+      return { closest: found.map(event => event.peer.id.toString()) }
+    }
+    case 'put': return { put: await put(...argument.split(',')) }
+    case 'get': {
+      const found = await all(dht.get(fromHex(argument)), 'VALUE')
+      return { get: found.length > 0 ? toHex(found[0].value) : null }
+    }
+    case 'provide': {
+      const told = await all(dht.provide(cid(argument)), 'PEER_RESPONSE')
+      return { provide: told.filter(one => one.messageName === 'ADD_PROVIDER').map(one => one.from.toString()) }
+    }
+    case 'providers': {
+      const found = await all(dht.findProviders(cid(argument)), 'PROVIDER')
+      return { providers: found.flatMap(event => event.providers.map(place)) }
+    }
+  }
+}
+
 async function perform (task) {
   const [what, argument] = [task.split(':', 1)[0], task.slice(task.indexOf(':') + 1)]
   if (what === 'connect') {
@@ -235,8 +299,10 @@ async function perform (task) {
       await eventually(async () => (await book()).protocols.includes(argument))
       return { knows: argument }
     case 'bench': return await bench()
-    default: throw new Error(`no such task: ${task}`)
   }
+  const done = options.dht && await performInDht(what, argument)
+  if (!done) throw new Error(`no such task: ${task}`)
+  return done
 }
 
 if (mode === 'listen') {
