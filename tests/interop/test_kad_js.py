@@ -44,10 +44,10 @@ class Swarm:
         self._folder = folder
         self._made = 0
 
-    async def ours(self, *doors):
+    async def ours(self, *doors, server_mode=True):
         self._made += 1
         host = await self._stack.enter_async_context(tcp_host(self._made))
-        node = Discovery(host, clock=Clock(), rng=random.Random(self._made))
+        node = Discovery(host, clock=Clock(), rng=random.Random(self._made), server_mode=server_mode)
         tasks = await self._stack.enter_async_context(Supervisor("test"))
         tasks.start(node.run(), "discovery")
         await node.bootstrap(doors)
@@ -138,7 +138,7 @@ async def test_our_client_asks_their_servers(swarm):
     await second.do(f"connect:{first.addrs[0]}")
     for they in (first, second):
         await they.do("table:1")
-    our = await swarm.ours(first.addrs[0])
+    our = await swarm.ours(first.addrs[0], server_mode=False)
     await until(lambda: len(our.peers()) == 2)
     contact = await our.find_peer(second.peer)
     assert contact.addrs == tuple(addr.without_peer() for addr in second.addrs)
