@@ -165,7 +165,7 @@ def usable_addrs(raws: tuple[bytes, ...], local: bool) -> tuple[Multiaddr, ...]:
             continue  # a transport we do not know
         if local or not addr.is_loopback:
             addrs.append(addr)
-    return tuple(addrs)
+    return tuple(dict.fromkeys(addrs))  # js-libp2p tells some twice, with and without /p2p
 
 
 def heard_of(peer: KadPeer, local: bool) -> Contact:
