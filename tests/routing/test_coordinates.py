@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from swarmnode.protocol.errors import RemoteProtocolError
-from swarmnode.routing.coordinates import MAX_S, MAX_STEP_S, MIN_ERROR, Coordinate, moved
+from swarmnode.routing.coordinates import MAX_S, MAX_STEP_S, MIN_ERROR, MIN_REMOTE_ERROR, Coordinate, moved
 
 unit = st.floats(-MAX_S, MAX_S)
 positive = st.floats(0, MAX_S)
@@ -78,3 +78,17 @@ def test_prediction_is_a_metric(a, b, c):
 def test_claims_out_of_bounds_are_refused(values):
     with pytest.raises(RemoteProtocolError):
         Coordinate.from_floats(values)
+
+
+def test_claims_to_be_certain_count_for_no_more_than_the_floor():
+    own, rng = Coordinate(error=0.3), random.Random(1)
+    certain, fair = (Coordinate(x=0.1, error=error) for error in (0.0, MIN_REMOTE_ERROR))
+    assert moved(own, certain, 0.05, rng) == moved(own, fair, 0.05, rng)
+
+
+def test_one_wild_sample_neither_moves_nor_frightens_a_settled_peer():
+    own, rng = Coordinate(x=0.05, height=0.005, error=0.1), random.Random(1)
+    for other, rtt_s in ((Coordinate(x=9.0, error=0.0), 0.02), (Coordinate(error=0.0), 9.0)):
+        after = moved(own, other, rtt_s, rng)
+        assert math.hypot(after.x - own.x, after.y - own.y) < 0.01
+        assert after.error <= 0.11

@@ -285,8 +285,10 @@ def test_everybody_in_the_region_must_answer():
     lookup = Lookup(TARGET, spread, width=5, per_subnet=1, alpha=100, region=region)
     asked, _ = drain(lookup, 0.0, 9.0)
     assert asked == spread[:20]
-    for one in asked:
+    for one in asked[:-1]:
         lookup.on_reply(one.peer, [], one.addrs[0])
+    assert lookup.next(0.0) == Wait(9.0), "although 19 have answered and 5 were wanted"
+    lookup.on_reply(asked[-1].peer, [], asked[-1].addrs[0])
     assert lookup.next(0.0) == Done()
     assert lookup.crowd() == 20
     assert lookup.closest(5) == spread[:20]
@@ -298,21 +300,39 @@ def test_a_region_is_bounded():
     assert drain(lookup, 0.0, 9.0)[0] == spread[: lookups.MAX_REGION]
 
 
-def test_paths_never_share_a_peer_and_liars_keep_theirs():
-    """Two paths: one starts at a liar who names only accomplices, the other at an honest peer."""
+def drive(lookup, answers):
+    """Ask until the end; who is not in `answers` names nobody. Returns whom it asked."""
+    everybody = []
+    while True:
+        asked, step = drain(lookup, 0.0, 9.0)
+        everybody += asked
+        for one in asked:
+            lookup.on_reply(one.peer, answers.get(one.peer, []))
+        if step == Done():
+            return everybody
+
+
+def test_a_path_captured_by_liars_takes_no_other_with_it():
+    """The liar names only accomplices, who lie nearer to the target than anybody honest."""
     liar, honest = CROWD[60], CROWD[61]
-    accomplices, good = CROWD[20:30], CROWD[:10]
-    lookup = Lookup(TARGET, [liar, honest], width=5, alpha=8, paths=2)
-    assert sorted(one.key for one in drain(lookup, 0.0, 9.0)[0]) == sorted((liar.key, honest.key))
-    lookup.on_reply(liar.peer, accomplices)
-    lookup.on_reply(honest.peer, good + accomplices[:2])
-    asked, _ = drain(lookup, 0.0, 9.0)
-    while asked:
-        one = asked.pop(0)
-        lookup.on_reply(one.peer, accomplices if one in accomplices else good)
-        asked += drain(lookup, 0.0, 9.0)[0]
-    assert lookup.next(0.0) == Done()
-    assert lookup.closest(5) == good[:5]
+    accomplices, good = CROWD[:10], CROWD[20:30]
+    answers = {one.peer: accomplices for one in (liar, *accomplices)} | {one.peer: good for one in (honest, *good)}
+    one_path = Lookup(TARGET, [liar, honest], width=5, alpha=1)
+    assert not set(drive(one_path, answers)) & set(good)
+    two_paths = Lookup(TARGET, [liar, honest], width=5, alpha=8, paths=2)
+    asked = drive(two_paths, answers)
+    assert set(asked) == {liar, honest, *accomplices[:5], *good[:5]}
+    assert len(asked) == len(set(asked)), "nobody is asked on two paths"
+    assert set(two_paths.closest(10)) == {*accomplices[:5], *good[:5]}
+
+
+def test_what_one_path_asked_another_need_not():
+    first, second = CROWD[60], CROWD[61]
+    shared, farther = CROWD[0], CROWD[5]
+    lookup = Lookup(TARGET, [first, second], width=1, alpha=8, paths=2)
+    asked = drive(lookup, {first.peer: [shared], second.peer: [shared, farther]})
+    assert set(asked) == {first, second, shared}
+    assert lookup.closest(1) == [shared]
 
 
 def test_paths_are_bounded():

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 from sim.network import Network
-from sim.population import grow, nearest
+from sim.population import acquaint, grow, nearest
 from sim.scenarios import eclipse, siege
 from sim.villains import STRATEGIES, Gang
 from swarmnode.protocol.errors import RemoteProtocolError
@@ -56,6 +56,15 @@ def test_an_announcer_is_told_that_its_key_is_crowded():
     assert seen.crowding[0] > 4
     calm = eclipse(150, 1, 1, tries=3, ground=2)
     assert max(calm.crowding) < 4
+
+
+def test_an_announcer_is_told_how_many_networks_hold_its_entry():
+    network = Network(6)
+    nodes = [network.add(subnet=(198, 51, number % 3)) for number in range(9)]
+    acquaint(network, nodes)
+    result, _ = network.publish(nodes[0], KEY)
+    assert result.holders == len(result.holding) == 8
+    assert result.subnets == 3
 
 
 def poison(network, key, victim, honest):
