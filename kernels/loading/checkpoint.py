@@ -7,6 +7,7 @@ id. Opening reads headers and texts only; weights are read when a block is asked
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -48,7 +49,7 @@ class Checkpoint(Protocol):
     def head_kind(self) -> str:
         """`q8_0` when head_q8() is there, else `float`."""
 
-    def block(self, index: int, dtype: torch.dtype) -> Tensors:
+    def block(self, index: int, dtype: torch.dtype) -> Mapping[str, torch.Tensor]:
         """One block's tensors in `dtype`, by our names (shapes.py); only these are read."""
 
     def embedding(self, dtype: torch.dtype) -> torch.Tensor:

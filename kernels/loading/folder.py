@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,7 +18,7 @@ import torch
 from ...protocol.errors import CorruptCheckpoint, ModelNotFound, UnsupportedModel
 from ...protocol.manifest import MAX_FILE_BYTES, TEMPLATE_FILE, TOKENIZER_FILE, FileEntry, Manifest
 from ..models.config import ModelConfig
-from .layouts import layout_of
+from .layouts import LazyTensors, Take, layout_of
 from .manifests import Hasher, Progress, by_name, cached_manifest
 from .safetensors import SafetensorsFile, StoredTensor
 from .shapes import Shape, check_names, check_shapes, norm_shapes, table_shape
@@ -42,8 +42,8 @@ class FolderCheckpoint:
         self.path = folder
         self._cache_dir = cache_dir
         self._progress = progress
-        self.config = _read_config(folder)
-        self._layout = layout_of(self.config)
+        self.config, packed = _read_config(folder)
+        self._layout = layout_of(self.config, packed)
         self._shard_of = _shards(folder)
         self._open: dict[str, SafetensorsFile] = {}
         self._prefix = self._find_prefix()
@@ -83,15 +83,26 @@ class FolderCheckpoint:
             template = named.get("default")
         return template if isinstance(template, str) else None
 
-    def block(self, index: int, dtype: torch.dtype) -> Tensors:
-        """The tensors of one block in `dtype`."""
+    def block(self, index: int, dtype: torch.dtype) -> LazyTensors:
+        """The tensors of one block in `dtype`, each made when it is asked for."""
         if not 0 <= index < self.config.num_blocks:
             raise CorruptCheckpoint(f"{self.name} has {self.config.num_blocks} blocks, none is {index}")
         wanted = self._layout.stored(self.config, index)
         names = self._blocks.get(index, {})
         check_names(self.path, f"block {index}", wanted, names)
-        stored = self._read_tensors({name: (names[name], each.shape) for name, each in wanted.items()}, dtype)
-        return {name: tensor for each in wanted for name, tensor in wanted[each].split(stored[each]).items()}
+        self._check({names[name]: each.shape for name, each in wanted.items()})
+        packed = {part for name, each in wanted.items() if each.companion for part in (name, each.companion)}
+        stored = {name: self._stored(names[name], name in packed) for name in wanted}
+        makers = {
+            ours: partial(_cut, take, stored[name], stored.get(each.companion), dtype)
+            for name, each in wanted.items()
+            for ours, take in each.parts.items()
+        }
+        return LazyTensors(makers)
+
+    def _stored(self, name: str, packed: bool) -> torch.Tensor:
+        """A view of the mapped file."""
+        return self._shard(name).bytes(name) if packed else self._shard(name).tensor(name)
 
     def embedding(self, dtype: torch.dtype) -> torch.Tensor:
         """The embedding matrix [vocab, hidden] in `dtype`."""
@@ -135,12 +146,15 @@ class FolderCheckpoint:
 
     def _read_tensors(self, wanted: Mapping[str, tuple[str, Shape]], dtype: torch.dtype) -> Tensors:
         """Our name -> (stored name, shape the config demands)."""
-        for stored, _ in wanted.values():
+        self._check(dict(wanted.values()))
+        return {name: self._shard(stored).tensor(stored).to(dtype) for name, (stored, _) in wanted.items()}
+
+    def _check(self, shapes: Mapping[str, Shape]) -> None:
+        """Raise unless the stored tensors are there in these shapes."""
+        for stored in shapes:
             if stored not in self._shard_of:
                 raise CorruptCheckpoint(f"{self.path}: lacks {stored}: the download may be incomplete")
-        found = {stored: self._entry(stored).shape for stored, _ in wanted.values()}
-        check_shapes(self.path, dict(wanted.values()), found)
-        return {name: self._shard(stored).tensor(stored).to(dtype) for name, (stored, _) in wanted.items()}
+        check_shapes(self.path, shapes, {stored: self._entry(stored).shape for stored in shapes})
 
     def _shard(self, name: str) -> SafetensorsFile:
         shard = self._shard_of[name]
@@ -207,12 +221,21 @@ class FolderCheckpoint:
         return files
 
 
-def _read_config(folder: Path) -> ModelConfig:
+def _cut(take: Take, stored: torch.Tensor, companion: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """One of our tensors from a stored one: cut first, then cast."""
+    return (take(stored) if companion is None else take(stored, companion)).to(dtype)
+
+
+def _read_config(folder: Path) -> tuple[ModelConfig, bool]:
+    """The config, and whether experts are stored in MXFP4."""
     path = folder / "config.json"
     if not path.exists():
         raise ModelNotFound(f"{folder} is no model folder: it has no config.json")
     values = _read_json(path)
-    if values.get("quantization_config"):
+    stored = values.get("quantization_config")
+    method = stored.get("quant_method") if isinstance(stored, Mapping) else None
+    packed = values.get("model_type") == "gpt_oss" and method == "mxfp4"
+    if stored and not packed:
         raise UnsupportedModel(
             f"{folder}: stored with its own quantization: use the unquantized checkpoint or a GGUF; "
             "--quant quantizes while loading"
@@ -222,8 +245,8 @@ def _read_config(folder: Path) -> ModelConfig:
     ends = _read_json(generation).get("eos_token_id") if generation.exists() else None
     ids = [ends] if isinstance(ends, int) else ends
     if isinstance(ids, list) and ids and all(type(item) is int for item in ids):
-        return config.with_eos(tuple(ids))
-    return config
+        return config.with_eos(tuple(ids)), packed
+    return config, packed
 
 
 def _shards(folder: Path) -> dict[str, str]:

@@ -7,16 +7,36 @@ experts of a block in three dimensions. Nothing is copied that is only a range o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Final
 
 import torch
 
 from ..models.config import ModelConfig
+from .mxfp4 import MX_BLOCK, mxfp4_rows
 from .shapes import Shape, block_shapes
 
-Split = Callable[[torch.Tensor], dict[str, torch.Tensor]]
+
+class LazyTensors(Mapping[str, torch.Tensor]):
+    """Tensors made when asked for, each time: a block's experts are never in memory all at once."""
+
+    def __init__(self, makers: Mapping[str, Callable[[], torch.Tensor]]) -> None:
+        self._makers = makers
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._makers[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._makers)
+
+    def __len__(self) -> int:
+        return len(self._makers)
+
+
+Take = Callable[..., torch.Tensor]
+"""The stored tensor (and its companion) -> one of ours, a view wherever possible."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +45,10 @@ class Stored:
 
     shape: Shape
     """What the config demands."""
-    split: Split
-    """The stored tensor -> ours, by our names."""
+    parts: Mapping[str, Take]
+    """Our name -> how it is taken from the stored tensor."""
+    companion: str = ""
+    """Stored name of a second tensor that the parts need: the scales of packed numbers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +75,8 @@ class Layout:
     """Stem of gate and up in one, stacked."""
     cubes: bool = False
     """Experts are three-dimensional, [expert, in, out], with gate and up in alternating columns (GPT-OSS)."""
+    packed: bool = False
+    """They are stored in MXFP4, [expert, out, in / 32, 16 bytes], with a scale for every 32 values."""
 
     def stored(self, config: ModelConfig, index: int) -> dict[str, Stored]:
         """Stored name inside a block -> what it is."""
@@ -62,11 +86,11 @@ class Layout:
             found |= self._qkv(config, shapes)
         if self.fused_gate_up and config.experts_of(index) is None:
             names = ("mlp.gate_proj", "mlp.up_proj")
-            found |= _fused(self.fused_gate_up, names, shapes, _stack)
+            found |= _fused(self.fused_gate_up, names, shapes, _rows)
         if self.cubes and config.experts_of(index) is not None:
-            found |= _cubes(config, shapes)
+            found |= _cubes(config, shapes, self.packed)
         for name, shape in shapes.items():
-            found[self.rename(name)] = Stored(shape, _Renamed(name))
+            found[self.rename(name)] = Stored(shape, {name: _whole})
         return found
 
     def rename(self, name: str) -> str:
@@ -81,92 +105,89 @@ class Layout:
 
     def _qkv(self, config: ModelConfig, shapes: dict[str, Shape]) -> dict[str, Stored]:
         names = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-        return _fused(self.fused_qkv, names, shapes, _Groups(config) if self.by_group else _stack)
+        return _fused(self.fused_qkv, names, shapes, partial(_group, config) if self.by_group else _rows)
 
 
-def layout_of(config: ModelConfig) -> Layout:
-    """The layout of a config's family."""
+def layout_of(config: ModelConfig, packed: bool = False) -> Layout:
+    """The layout of a config's family; `packed`: experts are stored in MXFP4."""
+    if packed:
+        return replace(_LAYOUTS["gpt_oss"], packed=True)
     if config.family == "falcon" and config.residual == "parallel":
         return _FALCON_TWO_NORMS
     return _LAYOUTS.get(config.family, _LLAMA)
 
 
-@dataclass(frozen=True, slots=True)
-class _Renamed:
-    name: str
-
-    def __call__(self, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {self.name: tensor}
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
 
 
-Cut = Callable[[torch.Tensor, list[int]], list[torch.Tensor]]
-"""A fused tensor and the rows of its parts -> the parts."""
+Cut = Callable[[int, int, int, torch.Tensor], torch.Tensor]
+"""Number of a part, its first row and its rows in the fused tensor, the fused tensor -> the part."""
 
 
-def _stack(tensor: torch.Tensor, sizes: list[int]) -> list[torch.Tensor]:
-    return list(torch.split(tensor, sizes))
+def _rows(_number: int, first: int, count: int, tensor: torch.Tensor) -> torch.Tensor:
+    return tensor[first : first + count]
 
 
-@dataclass(frozen=True, slots=True)
-class _Groups:
+def _group(config: ModelConfig, number: int, _first: int, count: int, tensor: torch.Tensor) -> torch.Tensor:
     """Rows by KV head: its queries, its key, its value."""
-
-    config: ModelConfig
-
-    def __call__(self, tensor: torch.Tensor, sizes: list[int]) -> list[torch.Tensor]:
-        config = self.config
-        group = config.num_heads // config.num_kv_heads
-        grouped = tensor.reshape(config.num_kv_heads, group + 2, config.head_dim, *tensor.shape[1:])
-        parts = grouped[:, :group], grouped[:, group], grouped[:, group + 1]
-        return [part.reshape(size, *tensor.shape[1:]) for part, size in zip(parts, sizes, strict=True)]
+    group = config.num_heads // config.num_kv_heads
+    grouped = tensor.reshape(config.num_kv_heads, group + 2, config.head_dim, *tensor.shape[1:])
+    part = grouped[:, :group] if number == 0 else grouped[:, group + number - 1]
+    return part.reshape(count, *tensor.shape[1:])
 
 
 def _fused(stem: str, names: tuple[str, ...], shapes: dict[str, Shape], cut: Cut) -> dict[str, Stored]:
     """One stored weight (and bias) for several of ours, which are taken out of `shapes`."""
     found = {}
     for kind in ("weight", "bias"):
-        ours = [f"{name}.{kind}" for name in names if f"{name}.{kind}" in shapes]
+        ours = {name: shapes.pop(name) for name in (f"{stem}.{kind}" for stem in names) if name in shapes}
         if not ours:
             continue
-        parts = [shapes.pop(name) for name in ours]
-        sizes = [part[0] for part in parts]
-
-        def split(tensor: torch.Tensor, ours: list[str] = ours, sizes: list[int] = sizes) -> dict[str, torch.Tensor]:
-            return dict(zip(ours, cut(tensor, sizes), strict=True))
-
-        found[f"{stem}.{kind}"] = Stored((sum(sizes), *parts[0][1:]), split)
+        parts: dict[str, Take] = {}
+        first = 0
+        for number, (name, shape) in enumerate(ours.items()):
+            parts[name] = partial(cut, number, first, shape[0])
+            first += shape[0]
+        found[f"{stem}.{kind}"] = Stored((first, *next(iter(ours.values()))[1:]), parts)
     return found
 
 
-def _cubes(config: ModelConfig, shapes: dict[str, Shape]) -> dict[str, Stored]:
-    """GPT-OSS: all experts of a block in four tensors."""
+def _cubes(config: ModelConfig, shapes: dict[str, Shape], packed: bool) -> dict[str, Stored]:
+    """GPT-OSS: all experts of a block in four tensors, or six where numbers are packed."""
     experts = config.experts
     assert experts is not None
     for name in [name for name in shapes if name.startswith("mlp.experts.")]:
         del shapes[name]
     count, inner, hidden = experts.count, experts.intermediate_size, config.hidden_size
+    found: dict[str, Stored] = {}
+    for stem, out_features, in_features in (("gate_up_proj", 2 * inner, hidden), ("down_proj", hidden, inner)):
+        rows = {"gate_proj": slice(0, None, 2), "up_proj": slice(1, None, 2)}
+        rows = {"down_proj": slice(None)} if stem == "down_proj" else rows
+        take = mxfp4_rows if packed else _columns
+        weights: dict[str, Take] = {}
+        biases: dict[str, Take] = {}
+        for number in range(count):
+            for part, which in rows.items():
+                weights[f"mlp.experts.{number}.{part}.weight"] = partial(take, number, which)
+                biases[f"mlp.experts.{number}.{part}.bias"] = partial(_bias, number, which)
+        name = f"mlp.experts.{stem}"
+        if packed:
+            blocks = in_features // MX_BLOCK
+            found[f"{name}_blocks"] = Stored((count, out_features, blocks, MX_BLOCK // 2), weights, f"{name}_scales")
+            found[f"{name}_scales"] = Stored((count, out_features, blocks), {})
+        else:
+            found[name] = Stored((count, in_features, out_features), weights)
+        found[f"{name}_bias"] = Stored((count, out_features), biases)
+    return found
 
-    def gate_up(kind: str) -> Split:
-        def split(cube: torch.Tensor) -> dict[str, torch.Tensor]:
-            columns = cube.transpose(1, -1) if kind == "weight" else cube  # [experts, 2 * inner, ...]
-            gate = {f"mlp.experts.{number}.gate_proj.{kind}": columns[number, ::2] for number in range(count)}
-            return gate | {f"mlp.experts.{number}.up_proj.{kind}": columns[number, 1::2] for number in range(count)}
 
-        return split
+def _columns(number: int, which: slice, cube: torch.Tensor) -> torch.Tensor:
+    return cube[number].T[which]
 
-    def down(kind: str) -> Split:
-        def split(cube: torch.Tensor) -> dict[str, torch.Tensor]:
-            rows = cube.transpose(1, -1) if kind == "weight" else cube
-            return {f"mlp.experts.{number}.down_proj.{kind}": rows[number] for number in range(count)}
 
-        return split
-
-    return {
-        "mlp.experts.gate_up_proj": Stored((count, hidden, 2 * inner), gate_up("weight")),
-        "mlp.experts.gate_up_proj_bias": Stored((count, 2 * inner), gate_up("bias")),
-        "mlp.experts.down_proj": Stored((count, inner, hidden), down("weight")),
-        "mlp.experts.down_proj_bias": Stored((count, hidden), down("bias")),
-    }
+def _bias(number: int, which: slice, biases: torch.Tensor) -> torch.Tensor:
+    return biases[number, which]
 
 
 _LLAMA: Final = Layout()

@@ -81,6 +81,14 @@ class SafetensorsFile:
             raw = raw.copy()  # an odd header length leaves everything unaligned; torch wants aligned memory
         return torch.from_numpy(raw).view(dtype).reshape(entry.shape)
 
+    def bytes(self, name: str) -> torch.Tensor:
+        """A tensor of packed numbers, uint8, a view of the mapping. Raises UnsupportedModel on any other type."""
+        entry = self.tensors[name]
+        if entry.dtype != "U8":
+            raise UnsupportedModel(f"{self.path}: {name} is stored as {entry.dtype}: packed numbers are U8")
+        raw = np.frombuffer(self._file.get(), np.uint8, entry.end - entry.start, entry.start)
+        return torch.from_numpy(raw).reshape(entry.shape)
+
 
 def _parse_header(path: Path, data: mmap.mmap) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     size = len(data)
