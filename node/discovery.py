@@ -231,7 +231,7 @@ class Discovery:
 
     @property
     def coordinate(self) -> Coordinate | None:
-        """Where this node is in the network, to predict round trips; None before it has measured any."""
+        """Where this node is in the network, to predict round trips; None while it has hardly measured any."""
         return self.dht.whereabouts.coordinate
 
     async def find_peer(self, peer: PeerId) -> Contact | None:

@@ -323,7 +323,7 @@ class Pricing:
         if known is not None:
             bandwidth = known.bandwidth.against(bandwidth, self._now) if known.bandwidth is not None else bandwidth
             jitter_s = known.jitter.value if known.jitter is not None else 0.0
-        rtt_s = self._metrics.rtt_s(peer, coordinate, self._now)
+        rtt_s = self._metrics.rtt_s(peer, sharp, self._now)
         return Place(peer, (rtt_s + jitter_s) / 2, size / bandwidth, sharp), bandwidth
 
     def _end_place(self, peer: PeerId | None) -> Place | None:

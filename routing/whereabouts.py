@@ -21,6 +21,8 @@ MAX_NEIGHBOURS: Final = 64
 COUNTS_EVERY_S: Final = 2.0
 REMEMBERED_S: Final = 600.0
 """A coordinate heard longer ago is not used any more."""
+BLURRED: Final = 0.7
+"""With a larger relative error than this a place means nothing: the planner takes no notice of it either."""
 SAMPLES: Final = 4
 """Last round trips to a peer that are kept."""
 
@@ -48,8 +50,8 @@ class Whereabouts:
 
     @property
     def coordinate(self) -> Coordinate | None:
-        """Where we are, None before the first round trip."""
-        return self._coordinate if self.samples else None
+        """Where we are, None while we have hardly an idea."""
+        return self._coordinate if self._coordinate.error <= BLURRED else None
 
     def told(self) -> tuple[float, float, float, float]:
         """What an answer says: without any round trip, that we have no idea."""

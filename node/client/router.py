@@ -125,6 +125,7 @@ class Router:
 
     def _plan(self, view: SwarmView, request: PlanRequest) -> Plan:
         now = self._clock.now()
+        self.metrics.coordinate = self._discovery.coordinate
         request = replace(request, client=self._host.peer_id)
         banned = self._banned(view, now)
         try:
@@ -139,6 +140,7 @@ class Router:
     ) -> tuple[Repair, ...]:
         """Replacements for the failed hops, from memory alone. Raises NoRoute."""
         now = self._clock.now()
+        self.metrics.coordinate = self._discovery.coordinate
         request = replace(request, client=self._host.peer_id, banned=self._banned(view, now))
         return plan_repair(chain, failed, view, self.metrics, request, now=now)
 

@@ -120,6 +120,7 @@ class ServerRole:
             prefill_s=timings.prefill_s,
             decode_s=timings.decode_s,
             kv_free=kv_bucket(span.kv_free),
+            coordinate=self._discovery.coordinate,
             embed=span.embeds,
             head=span.has_head,
             quant=span.quant,
