@@ -142,9 +142,9 @@ def _add_windows(config: dict[str, Any], metadata: Mapping[str, Value], architec
             config["query_pre_attn_scalar"] = config["hidden_size"] // config["num_attention_heads"]
         elif config["head_dim"] is not None:
             config["query_pre_attn_scalar"] = config["head_dim"]
-    elif window and architecture in ("llama", "mistral"):
+    elif architecture == "mistral" or (window and architecture == "llama"):
         config["model_type"] = "mistral"  # files of the first Mistral call themselves llama, with a window
-        config["sliding_window"] = window
+        config["sliding_window"] = window or None
 
 
 def _add_rope_scaling(config: dict[str, Any], file: GgufFile, architecture: str) -> None:

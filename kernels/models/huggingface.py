@@ -27,7 +27,7 @@ def read_config(mapping: Mapping[str, Any]) -> ModelConfig:
         for key in ("eos_token_id", "bos_token_id", "tie_word_embeddings"):
             if outer.get(key) is not None:
                 mapping.setdefault(key, outer[key])
-    return _READERS[model_type](Reader(mapping))
+    return _READERS[model_type](Reader({**_DEFAULTS.get(model_type, {}), **mapping}))
 
 
 def _llama_like(reader: Reader, family: str, *, theta: float = 10_000.0, **more: Any) -> ModelConfig:
@@ -359,6 +359,29 @@ _READERS: Final[dict[str, Callable[[Reader], ModelConfig]]] = {
     "gpt_neox": read_neox,
 }
 """Hugging Face `model_type` -> reader."""
+
+
+_LLAMA_TOKENS: Final = {"bos_token_id": 1, "eos_token_id": 2}
+_DEFAULTS: Final[dict[str, dict[str, Any]]] = {
+    "llama": _LLAMA_TOKENS,
+    "mistral": {
+        **_LLAMA_TOKENS,
+        "num_key_value_heads": 8,
+        "sliding_window": 4096,
+        "max_position_embeddings": 131_072,
+    },
+    "qwen2": {"num_key_value_heads": 32, "sliding_window": 4096, "max_position_embeddings": 32_768},
+    "qwen3": {"num_key_value_heads": 32, "sliding_window": 4096, "max_position_embeddings": 32_768},
+    "phi3": {"bos_token_id": 1, "eos_token_id": 32_000},
+    "mixtral": {**_LLAMA_TOKENS, "num_key_value_heads": 8},
+    "qwen2_moe": {"num_key_value_heads": 16, "sliding_window": 4096},
+    "qwen3_moe": {"num_key_value_heads": 4, "sliding_window": 4096},
+    "gpt_oss": {"num_key_value_heads": 8},
+    "falcon": {"bos_token_id": 11, "eos_token_id": 11},
+    "bloom": _LLAMA_TOKENS,
+    "gpt_neox": {"bos_token_id": 0, "eos_token_id": 2},
+}
+"""What an absent key means, where it is not the same for all; null means there is none."""
 
 
 def _unsupported(name: object) -> str:

@@ -17,6 +17,7 @@ class Ours:
     """A whole tiny model in one process."""
 
     def __init__(self, folder):
+        self.folder = folder
         checkpoint = FolderCheckpoint(folder, "tiny", folder)
         blocks = checkpoint.config.num_blocks
         self.span = load_span(checkpoint, 0, blocks, dtype=torch.float32)
@@ -78,3 +79,41 @@ def test_greedy_tokens(pair):
         assert int(logits.argmax()) == expected
         text.append(expected)
         logits = ours.feed((lane, torch.tensor([expected])))[-1]
+
+
+def test_truncated(pair):
+    ours, _, ids, expected = pair
+    lane = ours.pool.open_lane()
+    ours.feed((lane, ids[:60]))
+    ours.feed((lane, ids[:7]))  # a wrong guess, cut off again
+    lane.truncate(41)
+    assert_close(ours.feed((lane, ids[41:])), expected[41:])
+
+
+def test_span_split_over_three(pair):
+    ours, _, ids, _ = pair
+    checkpoint = FolderCheckpoint(ours.folder, "tiny", ours.folder)
+    hidden = ours.embedding(ids)
+    whole = ours.span.run(hidden, [Piece(ours.pool.open_lane(), 0, TOKENS)])
+    for index in range(checkpoint.config.num_blocks):
+        span = load_span(checkpoint, index, index + 1, dtype=torch.float32)
+        pool = KVPool(1 << 24, checkpoint.config, index, index + 1, torch.float32)
+        hidden = span.run(hidden, [Piece(pool.open_lane(), 0, TOKENS)])
+    assert checkpoint.config.num_blocks == 3
+    assert torch.equal(hidden, whole)
+
+
+@pytest.mark.parametrize(("quant", "most"), [("int8", 0.03), ("nf4", 0.3)])
+def test_quantized_blocks_stay_near(pair, quant, most):
+    """What a block adds, against fp32: the median over rows, since a token may be routed to another expert."""
+    ours, _, ids, _ = pair
+    checkpoint = FolderCheckpoint(ours.folder, "tiny", ours.folder)
+    hidden = ours.embedding(ids)
+    added = []
+    for chosen in ("none", quant):
+        span = load_span(checkpoint, 0, 1, dtype=torch.float32, quant=chosen)
+        pool = KVPool(1 << 24, checkpoint.config, 0, 1, torch.float32)
+        added.append(span.run(hidden, [Piece(pool.open_lane(), 0, TOKENS)]) - hidden)
+    exact, near = added
+    error = float(((near - exact).norm(dim=1) / exact.norm(dim=1)).median())
+    assert 0 < error < most
