@@ -206,7 +206,12 @@ def _folder_set(name: str) -> bool:
 )
 @_swarm
 @_option("--listen", multiple=True, metavar="ADDR", help="Where to listen. Repeatable. [default: any port]")
-@_option("--quant", default=None, metavar="none|int8|nf4", help="How to hold weights. [default: what suits the memory]")
+@_option(
+    "--quant",
+    default=None,
+    metavar="none|int8|nf4|llm-int8",
+    help="How to hold weights. [default: what suits the memory]",
+)
 @_option("--dtype", default="bf16", show_default=True, metavar="bf16|fp32", help="Type computed in.")
 @_option("--device", default="cpu", show_default=True, help="Torch device.")
 @_option("--threads", type=click.IntRange(1, 1024), default=None, metavar="N", help="Threads to compute with.")

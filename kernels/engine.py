@@ -15,7 +15,7 @@ import torch
 from ..protocol.errors import ConfigError, CorruptCheckpoint
 from .blocks import Block
 from .head import Embedding, FloatTable, Head, Q8Table
-from .linear import Linear, make_linear
+from .linear import Linear, held_dtype, make_linear, multiplies_bf16
 from .models.config import ModelConfig
 from .parts import MakeLinear, make_norm
 from .span import Span
@@ -23,7 +23,7 @@ from .span import Span
 Progress = Callable[[int, int], None]
 """Called with (blocks loaded, blocks in all) after every block."""
 
-QUANTS: Final = ("none", "int8", "nf4")
+QUANTS: Final = ("none", "int8", "nf4", "llm-int8")
 """Ways to hold the weights of blocks."""
 DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """Compute dtypes by the names users type."""
@@ -47,15 +47,22 @@ class Source(Protocol):
 
 
 def default_quant(config: ModelConfig, blocks: int, free_bytes: int) -> str:
-    """How to hold `blocks` blocks where nothing was asked for: bf16 if it fits, else int8 or, for big models, nf4."""
-    if blocks * config.block_parameters() * 2 <= free_bytes:
+    """How to hold `blocks` blocks where nothing was asked for: bf16 if it fits, else int8 or, for big models, nf4.
+
+    Where bf16 is not multiplied natively, bitsandbytes unpacks a whole 4-bit matrix for every product (18 times slower
+    than int8): there nf4 is only for what does not fit otherwise.
+    """
+    if span_bytes(config, blocks, torch.bfloat16, "none") <= free_bytes:
         return "none"
-    return "int8" if config.parameters() < INT8_PARAMETERS else "nf4"
+    if config.parameters() < INT8_PARAMETERS:
+        return "int8"
+    slow = not multiplies_bf16() and span_bytes(config, blocks, torch.bfloat16, "int8") <= free_bytes
+    return "int8" if slow else "nf4"
 
 
 def span_bytes(config: ModelConfig, blocks: int, dtype: torch.dtype, quant: str) -> int:
-    """Estimated memory of so many blocks' weights: what placement asks before it loads."""
-    bits = {"none": dtype.itemsize * 8.0, "int8": 8.1, "nf4": 4.5}[_known(quant)]
+    """Estimated memory of so many blocks' weights on this CPU: what placement asks before it loads."""
+    bits = {"none": held_dtype(dtype).itemsize * 8.0, "int8": 8.1, "nf4": 4.5, "llm-int8": 8.1}[_known(quant)]
     return int(blocks * config.block_parameters() * bits / 8)
 
 
@@ -135,6 +142,10 @@ def _maker(quant: str, dtype: torch.dtype, device: torch.device) -> MakeLinear:
             from .quant.nf4 import make_nf4
 
             return partial(make_nf4, device=device)
+        case "llm-int8":
+            from .quant.llm_int8 import make_llm_int8
+
+            return partial(make_llm_int8, device=device)
     return partial(make_linear, dtype=dtype, device=device)
 
 

@@ -5,12 +5,17 @@ differently; from two rows on, oneDNN's packed kernels and MKL's fp32 kernels fr
 bits. So all rows come padded to a multiple of ROWS. Packing weights ahead into oneDNN's own layout is also what makes
 decode fast: 24 GB/s against 10-12 for F.linear on the same bf16 or fp32 matrix of 4096 x 4096 and 4 rows.
 
+A processor that cannot multiply bf16 emulates it: 4 rows take twice, 128 rows three times as long as the same numbers
+in fp32, and without AVX-512 oneDNN does not pack bf16 at all. There weights are held and multiplied in fp32.
+
 Between matrices everything is fp32: a Linear takes fp32 rows and gives fp32 rows, and rounds inside to what it
 multiplies in. The classes for quantized weights are in quant/.
 """
 
 from __future__ import annotations
 
+import platform
+from functools import lru_cache
 from typing import Any, Final, Protocol
 
 import torch
@@ -84,9 +89,29 @@ def make_linear(weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dt
         return PlainLinear(weight.to(device), None if bias is None else bias.to(device), dtype)
     if is_small(weight):
         return PlainLinear(weight.to(dtype), bias, torch.float32)
+    held = held_dtype(dtype)
     if can_pack():
-        return PackedLinear(weight, bias, dtype)
-    return PlainLinear(weight, bias, dtype)
+        return PackedLinear(weight.to(dtype), bias, held)
+    return PlainLinear(weight.to(dtype), bias, held)
+
+
+def held_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In what an unquantized weight of so many bits is kept and multiplied on this CPU."""
+    return torch.float32 if dtype is torch.bfloat16 and not multiplies_bf16() else dtype
+
+
+@lru_cache(maxsize=1)
+def multiplies_bf16() -> bool:
+    """Whether this CPU has bf16 products: AVX512-BF16 or AMX. On other than x86, where torch cannot tell: yes."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return True
+    return cpu_has("_is_avx512_bf16_supported") or cpu_has("_is_amx_tile_supported")
+
+
+def cpu_has(probe_name: str) -> bool:
+    """Ask torch.cpu for a capability. The probes are private, but the only way torch tells."""
+    probe: Any = getattr(torch.cpu, probe_name, None)
+    return bool(probe is not None and probe())
 
 
 def is_small(weight: torch.Tensor) -> bool:

@@ -27,7 +27,7 @@ from .kvcache import KVPool, LaneCache
 from .models.config import ModelConfig, RopeConfig
 from .span import Piece, Span
 
-KERNEL_REVISION: Final = 1
+KERNEL_REVISION: Final = 2
 """Raise it with every change that may alter a bit of any row."""
 CLASS_BYTES: Final = 8
 """Length of a compute class."""
@@ -168,7 +168,7 @@ def compute_class(quant: str, dtype: torch.dtype, device: str = "cpu") -> bytes:
         "torch": torch.__version__,
         "probe": probe_digest(quant, dtype, device).hex(),
     }
-    if quant == "nf4":
+    if quant in ("nf4", "llm-int8"):
         from .quant.nf4 import load_bitsandbytes
 
         parts["bitsandbytes"] = str(load_bitsandbytes().__version__)

@@ -1,1 +1,1 @@
-"""Weight quantization: row-exact int8 and NF4."""
+"""Weight quantization: row-exact int8, NF4, LLM.int8."""

@@ -20,7 +20,7 @@ WEIGHT_SHARE: Final = 0.8
 """Share of what is left that weights may take: the machine's owner wants to go on working."""
 KV_MOST: Final = 4 << 30
 KV_LEAST: Final = 64 << 20
-QUANTS: Final = ("none", "int8", "nf4")
+QUANTS: Final = ("none", "int8", "nf4", "llm-int8")
 DTYPES: Final = ("bf16", "fp32")
 
 LoadProgress = Callable[[int, int], None]
@@ -32,7 +32,7 @@ class SpanSettings:
     """How to hold a span. Invalid values raise ConfigError."""
 
     quant: str | None = None
-    """none, int8 or nf4; None: what suits the model and this machine's memory."""
+    """none, int8, nf4 or llm-int8; None: what suits the model and this machine's memory."""
     dtype: str = "bf16"
     """Compute dtype."""
     device: str = "cpu"

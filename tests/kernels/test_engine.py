@@ -7,15 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.tiny_models import Q8Checkpoint, RandomCheckpoint, make_config
+from swarmnode.kernels import linear
 from swarmnode.kernels import span as span_module
 from swarmnode.kernels.attention import attend, attend_fused, plan_queries
 from swarmnode.kernels.engine import default_quant, load_embedding, load_head, load_span, span_bytes
 from swarmnode.kernels.kvcache import KVPool
-from swarmnode.kernels.linear import PlainLinear
+from swarmnode.kernels.linear import PlainLinear, make_linear
 from swarmnode.kernels.models.config import RopeConfig
 from swarmnode.kernels.norms import RMSNorm
-from swarmnode.kernels.quant.int8 import Int8Linear, PortableInt8Linear, make_int8, quantize
+from swarmnode.kernels.quant import int8
+from swarmnode.kernels.quant.int8 import LEVELS, Int8Linear, Int8Weight, PortableInt8Linear, make_int8, quantize
+from swarmnode.kernels.quant.llm_int8 import LlmInt8Linear, make_llm_int8
 from swarmnode.kernels.quant.nf4 import NF4Linear, load_bitsandbytes, make_nf4
+from swarmnode.kernels.quant.products import HALF_LEVELS, FbgemmProduct, OneDnnProduct, available_products
 from swarmnode.kernels.reference import run_block
 from swarmnode.kernels.span import Piece
 from swarmnode.protocol.errors import ConfigError, CorruptCheckpoint, LocalProtocolError, ServerBusy
@@ -57,6 +61,7 @@ def relative_error(actual, expected):
         (torch.bfloat16, "none", 2e-2),
         (torch.bfloat16, "int8", 3e-2),
         (torch.bfloat16, "nf4", 0.3),
+        (torch.bfloat16, "llm-int8", 5e-2),
     ],
 )
 def test_blocks_against_the_plain_reference(changes, dtype, quant, bound):
@@ -81,7 +86,7 @@ def test_refusals_name_what_is_possible():
     for start, end in ((0, 3), (1, 1), (-1, 1)):
         with pytest.raises(ConfigError, match="2 blocks"):
             load_span(checkpoint, start, end, dtype=torch.float32)
-    with pytest.raises(ConfigError, match=r"'int3'.*none, int8, nf4"):
+    with pytest.raises(ConfigError, match=r"'int3'.*none, int8, nf4, llm-int8"):
         load_span(checkpoint, 0, 1, dtype=torch.float32, quant="int3")
 
 
@@ -109,7 +114,7 @@ def test_default_quantization():
     assert sizes == sorted(sizes, reverse=True)
 
 
-@pytest.mark.parametrize("quant", ["none", "int8", "nf4"])
+@pytest.mark.parametrize("quant", ["none", "int8", "nf4", "llm-int8"])
 def test_estimated_size_is_the_real_one(quant):
     config = make_config(hidden_size=512, intermediate_size=512, head_dim=128)
     span = load_span(RandomCheckpoint(config), 0, 2, dtype=torch.bfloat16, quant=quant)
@@ -189,7 +194,7 @@ def test_int8_activations_keep_15_bits(outlier):
     rng = torch.Generator().manual_seed(4)
     weight, rows = torch.randn(300, 256, generator=rng), torch.randn(8, 256, generator=rng)
     rows[:, 3] *= outlier
-    expected = rows @ quantize(weight, 256).floats().T
+    expected = rows @ quantize(weight).floats().T
     linear = make_int8(weight, None, CPU)
     assert isinstance(linear, Int8Linear)
     assert relative_error(linear(rows), expected) < 2e-4
@@ -213,12 +218,81 @@ def test_small_weights_are_rounded_but_plain(make):
     assert relative_error(small(rows), big(rows)[:, :96]) < 5e-3
 
 
-@pytest.mark.parametrize("group", [128, 48])
-def test_portable_int8_is_the_same_weight(group):
+def int8_linear(weight, kind=FbgemmProduct, bias=None):
+    return Int8Linear(weight, [kind(weight.values, weight.scales)], bias)
+
+
+@pytest.mark.parametrize("columns", [None, torch.linspace(0.1, 9, 128)])
+def test_portable_int8_is_the_same_weight(columns):
     rng = torch.Generator().manual_seed(4)
     weight, rows, bias = torch.randn(96, 128, generator=rng), torch.randn(8, 128, generator=rng), torch.randn(96)
-    portable = PortableInt8Linear(quantize(weight, group), bias)
-    assert relative_error(portable(rows), Int8Linear(quantize(weight, group), bias)(rows)) < 1e-2
+    quantized = quantize(weight)
+    quantized = Int8Weight(quantized.values, quantized.scales, columns)
+    portable = PortableInt8Linear(quantized, bias)(rows)
+    assert relative_error(portable, int8_linear(quantized, bias=bias)(rows)) < 1e-2
+    assert relative_error(portable, rows @ quantized.floats().T + bias) < 1e-2
+
+
+@pytest.mark.parametrize("levels", [127, 63])
+def test_both_integer_libraries_give_the_same_bits(monkeypatch, levels):
+    """So servers whose torch or processor choose differently still compute alike."""
+    if len(available_products()) < 2:
+        pytest.skip("this torch has only one of them")
+    monkeypatch.setattr(int8, "row_levels", lambda: levels)
+    rng = torch.Generator().manual_seed(4)
+    weight = quantize(torch.randn(320, 256, generator=rng))
+    for count in (1, 3, 40):
+        rows = torch.randn(count, 256, generator=rng)
+        found = [int8_linear(weight, kind)(rows) for kind in (FbgemmProduct, OneDnnProduct)]
+        assert torch.equal(*found)
+        assert relative_error(found[0], rows @ weight.floats().T) < 4e-4
+
+
+def test_rows_without_vnni_cannot_saturate():
+    """Pairs u8 * s8 are added in 16 bits there."""
+    assert 2 * (HALF_LEVELS + HALF_LEVELS + 1) * LEVELS < 2**15 <= 2 * 255 * LEVELS
+
+
+def test_a_wide_weight_is_sliced_alike(monkeypatch):
+    rng = torch.Generator().manual_seed(4)
+    weight, rows = torch.randn(1000, 96, generator=rng), torch.randn(5, 96, generator=rng)
+    whole = make_int8(weight, None, CPU)(rows)
+    monkeypatch.setattr(int8, "_WIDE", 500)
+    monkeypatch.setattr(int8, "_SLICE", 300)
+    assert torch.equal(make_int8(weight, None, CPU)(rows), whole)
+
+
+@pytest.mark.parametrize("amx", [False, True])
+def test_without_native_bf16_weights_are_held_in_fp32(monkeypatch, amx):
+    linear.multiplies_bf16.cache_clear()
+    monkeypatch.setattr(linear, "cpu_has", lambda probe: amx and "amx" in probe)
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    try:
+        weight, rows = torch.randn(512, 256, generator=torch.Generator().manual_seed(1)), torch.eye(256)
+        made = make_linear(weight, None, torch.bfloat16, CPU)
+        big = make_config(num_blocks=40, hidden_size=5120, intermediate_size=13824, num_heads=40, num_kv_heads=40)
+        room = span_bytes(big, 40, torch.bfloat16, "int8")
+        assert made.size_bytes == 512 * 256 * (2 if amx else 4)
+        assert span_bytes(CONFIG, 1, torch.bfloat16, "none") == CONFIG.block_parameters() * (2 if amx else 4)
+        assert (default_quant(big, 40, room), default_quant(big, 40, room - 1)) == ("nf4" if amx else "int8", "nf4")
+        assert torch.equal(made(rows), weight.bfloat16().float().T)
+    finally:
+        linear.multiplies_bf16.cache_clear()
+
+
+def test_llm_int8_is_bitsandbytes_own():
+    library = load_bitsandbytes()
+    rng = torch.Generator().manual_seed(4)
+    weight, rows = torch.randn(320, 256, generator=rng), torch.randn(8, 256, generator=rng)
+    rows[3, 7] = 70_000.0  # more than fp16 holds
+    module = library.nn.Linear8bitLt(256, 320, bias=False, has_fp16_weights=False, threshold=6.0)
+    module.load_state_dict({"weight": weight})
+    expected = module.to("cpu").eval()(rows.clamp(max=65_504))
+    made = make_llm_int8(weight, torch.ones(320), CPU)
+    assert isinstance(made, LlmInt8Linear)
+    assert torch.equal(made(rows), expected + 1)
+    assert relative_error(made(rows[:3]) - 1, rows[:3] @ weight.T) < 2e-2
+    assert relative_error(made(rows)[3], rows[3] @ weight.T) < 0.1  # of 70,000, 65,504 are left
 
 
 def test_nf4_is_bitsandbytes_own():
@@ -271,7 +345,7 @@ def test_fused_attention_agrees(window):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("quant", ["none", "int8", "nf4"])
+@pytest.mark.parametrize("quant", ["none", "int8", "nf4", "llm-int8"])
 def test_on_a_gpu(quant):
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")

@@ -22,10 +22,11 @@ def test_classes_differ_by_what_decides_bits(monkeypatch):
         measure.compute_class("none", torch.bfloat16),
         measure.compute_class("int8", torch.float32),
         measure.compute_class("nf4", torch.bfloat16),
+        measure.compute_class("llm-int8", torch.bfloat16),
     ]
     monkeypatch.setattr(measure, "KERNEL_REVISION", 999)
     others.append(measure.compute_class("none", torch.float32))
-    assert len({fp32, *others}) == 5
+    assert len({fp32, *others}) == 6
     assert all(len(found) == measure.CLASS_BYTES for found in (fp32, *others))
 
 
@@ -35,6 +36,12 @@ def test_probe_does_not_depend_on_threads_and_is_row_exact(caplog):
     torch.set_num_threads(2)
     assert measure.probe_digest("none", torch.bfloat16) == first
     assert not caplog.records  # it warns where rows are not exact
+
+
+def test_llm_int8_is_found_not_exact(caplog):
+    measure.probe_digest.cache_clear()
+    measure.probe_digest("llm-int8", torch.bfloat16)
+    assert "not row-exact for llm-int8" in caplog.text
 
 
 def test_fixed_values_are_fixed():
