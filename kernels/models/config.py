@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any, Final
 
 from ...protocol.errors import CorruptCheckpoint, UnsupportedModel
@@ -58,6 +58,25 @@ MAX_EXPERTS: Final = 1_024
 MAX_POSITIONS: Final = 33_554_432
 MAX_EOS: Final = 64
 MAX_JSON_BYTES: Final = 64 * 1024
+
+
+LATER: Final = frozenset(
+    [
+        "alibi",
+        "embed_norm",
+        "experts",
+        "factors",
+        "gated",
+        "norm",
+        "residual",
+        "rotary_dim",
+        "score_softcap",
+        "sinks",
+        "swiglu_alpha",
+        "swiglu_limit",
+    ]
+)
+"""Fields that the first models' configs did not have; every field added from now on belongs here, with a default."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -314,8 +333,11 @@ class ModelConfig:
         return replace(self, eos_token_ids=token_ids)
 
     def to_json(self) -> bytes:
-        """Canonical JSON: sorted keys, no spaces, so that equal configs have equal bytes."""
-        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+        """Canonical JSON: sorted keys, no spaces, so that equal configs have equal bytes.
+
+        It is hashed into the model's identity, so what a later version added is left out where it does not apply.
+        """
+        return json.dumps(_plain(self), sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
     @classmethod
     def from_json(cls, data: bytes) -> ModelConfig:
@@ -344,9 +366,22 @@ def _typed(
     names = {item.name for item in fields(cls)}
     if unknown := set(values) - names:
         raise CorruptCheckpoint(f"model config has unknown fields: {', '.join(sorted(map(str, unknown)))[:200]}")
-    if missing := {item.name for item in fields(cls) if item.name not in values}:
+    if missing := {item.name for item in fields(cls) if item.name not in values and item.default is MISSING}:
         raise CorruptCheckpoint(f"model config lacks {', '.join(sorted(missing))}")
-    return {item.name: _field(item.name, str(item.type), values[item.name]) for item in fields(cls)}
+    return {
+        item.name: _field(item.name, str(item.type), values[item.name]) for item in fields(cls) if item.name in values
+    }
+
+
+def _plain(config: ModelConfig | RopeConfig | ExpertsConfig) -> dict[str, object]:
+    """The fields as JSON values, without those of LATER that are at their defaults."""
+    found: dict[str, object] = {}
+    for item in fields(config):
+        value = getattr(config, item.name)
+        if item.name in LATER and value == item.default:
+            continue
+        found[item.name] = _plain(value) if isinstance(value, RopeConfig | ExpertsConfig) else value
+    return found
 
 
 def _field(name: str, kind: str, value: Any) -> Any:
