@@ -22,11 +22,14 @@ TILE: Final = 64
 """Keys per tile; cache capacity and window borders are multiples of it."""
 QUERY_BLOCK: Final = 64
 """Query positions handled at once in a prefill: bounds the scores in memory and skips keys that lie ahead."""
-_MASKED: Final = -1e30
-"""Score of a key that may not be seen; exp makes it exactly 0. Finite, so that no row can become NaN by it."""
+MASKED: Final = -1e30
+"""Added to the score of a key that may not be seen. Finite, so that no row can become NaN by it."""
+LOWEST: Final = -80.0
+"""Scores are lifted to this far below the row's highest before exp: a weight of 2e-35 is nothing beside one of 1, and
+exp takes ten times as long for results that underflow. Keys that may not be seen get an exact 0 afterwards."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class QueryBlock:
     """Some consecutive query positions of a piece and the keys they need."""
 
@@ -38,8 +41,15 @@ class QueryBlock:
     """First key position, a multiple of TILE."""
     key_end: int
     """End of the keys, a multiple of TILE."""
-    mask: torch.Tensor
-    """bool [padded query rows, keys]: True where a key may not be seen. Query rows are (position, head of group)."""
+    masked_from: int
+    """Keys from key_start + this on are hidden from some rows; all rows see those before."""
+    bias: torch.Tensor
+    """fp32 [padded query rows, keys from there on]: MASKED where a key may not be seen, else 0. Query rows are
+    (position, head of group)."""
+    keep: torch.Tensor
+    """The same with 0 where a key may not be seen, else 1."""
+    visible: torch.Tensor | None = None
+    """bool [rows, keys] for fused attention, made when first asked for."""
 
 
 def plan_queries(
@@ -51,15 +61,22 @@ def plan_queries(
         last = min(first + QUERY_BLOCK, count)
         key_end = tile_ceil(position + last)
         key_start = first_key(position + first, window)
+        masked = key_start if window is not None else (position + first) // TILE * TILE
         rows = torch.arange(position + first, position + last, device=device).repeat_interleave(group)
         padding = -rows.shape[0] % ROWS
         rows = torch.cat((rows, rows[-1:].expand(padding))) if padding else rows
-        keys = torch.arange(key_start, key_end, device=device)
-        mask = keys[None, :] > rows[:, None]
-        if window is not None:
-            mask |= keys[None, :] <= rows[:, None] - window
-        blocks.append(QueryBlock(first, last, key_start, key_end, mask))
+        hidden = _hidden(rows, torch.arange(masked, key_end, device=device), window)
+        bias = torch.zeros(hidden.shape, device=device).masked_fill_(hidden, MASKED)
+        blocks.append(QueryBlock(first, last, key_start, key_end, masked - key_start, bias, (~hidden).float()))
     return blocks
+
+
+def _hidden(rows: torch.Tensor, keys: torch.Tensor, window: int | None) -> torch.Tensor:
+    """bool [rows, keys]: which keys a query position may not see."""
+    hidden = keys[None, :] > rows[:, None]
+    if window is not None:
+        hidden |= keys[None, :] <= rows[:, None] - window
+    return hidden
 
 
 def first_key(position: int, window: int | None) -> int:
@@ -91,12 +108,14 @@ def attend(
     weights = torch.bmm(_grouped(queries, kv_heads, group), keys.mT)  # [kv_heads, query rows, keys]
     if form is not None:
         form.shape_(weights, rows, block.key_start)
-    weights.masked_fill_(block.mask, _MASKED)
+    masked = weights[..., block.masked_from :]
+    masked.add_(block.bias)
     highest = weights.amax(-1, keepdim=True)  # [kv_heads, query rows, 1]
     sinks = form.sinks(weights.shape[1]) if form is not None and form.has_sinks else None
     if sinks is not None:
         highest = torch.maximum(highest, sinks)
-    weights.sub_(highest).exp_()
+    weights.sub_(highest).clamp_min_(LOWEST).exp_()
+    masked.mul_(block.keep)
     totals = weights.view(kv_heads, -1, length // TILE, TILE).sum(-1)  # [kv_heads, query rows, tiles]
     if length == TILE:
         mixed = torch.bmm(weights, values)  # [kv_heads, query rows, d]
@@ -135,8 +154,15 @@ def attend_fused(
     """The same by torch's fused attention, for devices where launches cost more than exactness can be had for."""
     rows, heads, width = queries.shape
     group = heads // keys.shape[0]
-    visible = ~block.mask[: rows * group : group]  # [rows, keys]
+    if block.visible is None:
+        block.visible = torch.ones(rows, keys.shape[1], dtype=torch.bool, device=keys.device)
+        block.visible[:, block.masked_from :] = block.keep[: rows * group : group] > 0
     result = functional.scaled_dot_product_attention(
-        queries.transpose(0, 1).to(keys.dtype)[None], keys[None], values[None], visible, scale=1.0, enable_gqa=True
+        queries.transpose(0, 1).to(keys.dtype)[None],
+        keys[None],
+        values[None],
+        block.visible,
+        scale=1.0,
+        enable_gqa=True,
     )
     out.view(rows, heads, width).copy_(result[0].transpose(0, 1))

@@ -8,11 +8,9 @@ fp32. Which kernel multiplies is the business of the Linear objects. The names o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 
-from .attention import QueryBlock, attend, attend_fused
 from .experts import Experts
 from .kvcache import BlockCache
 from .linear import Linear
@@ -20,20 +18,9 @@ from .mlp import GatedMlp, Mlp, PlainMlp
 from .models.config import ModelConfig
 from .norms import Norm
 from .parts import MakeLinear, Parts, Tensors
+from .ragged import Attention
 from .rope import rotate_
 from .scores import make_form
-
-
-class PieceView(Protocol):
-    """What a block needs of one session's share of a pass."""
-
-    first: int
-    """Its rows are [first, last) of the pass."""
-    last: int
-    position: int
-    """Absolute position of its first row."""
-    queries: list[QueryBlock]
-    """How its rows are cut for attention in this kind of block."""
 
 
 class Block:
@@ -63,6 +50,8 @@ class Block:
         self._scale = None if config.qk_norm else torch.tensor(config.query_scale, device=device)
         self._form = make_form(config, parts.sinks(), device)
         self._fused = device.type != "cpu" and self._form is None
+        self.batched = device.type == "cpu" and (self._form is None or not self._form.by_position)
+        """Whether single rows of many sessions may attend together (ragged.py)."""
 
     @property
     def linears(self) -> tuple[Linear, ...]:
@@ -73,13 +62,13 @@ class Block:
         self,
         hidden: torch.Tensor,
         rotations: torch.Tensor,
-        pieces: Sequence[tuple[PieceView, BlockCache]],
-        scratch: Scratch,
+        attention: Attention,
+        caches: Sequence[BlockCache],
     ) -> torch.Tensor:
         """[rows, hidden] -> [rows, hidden], same dtype; every piece's keys and values go into its cache."""
-        residual, count = hidden.float(), pieces[-1][0].last
+        residual, count = hidden.float(), attention.rows
         rows = self._norm(residual)
-        mixed = self._attention(rows, rotations, pieces, scratch)
+        mixed = self._attention(rows, rotations, attention, caches)
         if self._side_by_side:
             rows = rows if self._mlp_norm is None else self._mlp_norm(residual)
             return self._mlp(rows, count).add_(mixed).add_(residual).to(hidden.dtype)
@@ -95,8 +84,8 @@ class Block:
         self,
         rows: torch.Tensor,
         rotations: torch.Tensor,
-        pieces: Sequence[tuple[PieceView, BlockCache]],
-        scratch: Scratch,
+        attention: Attention,
+        caches: Sequence[BlockCache],
     ) -> torch.Tensor:
         count, heads, kv_heads, width = rows.shape[0], self._heads, self._kv_heads, self._head_dim
         qkv = self._qkv(rows).view(count, heads + 2 * kv_heads, width)
@@ -111,19 +100,7 @@ class Block:
         fresh = (
             qkv.narrow(1, heads, 2 * kv_heads).view(count, 2, kv_heads, width).permute(1, 2, 0, 3)
         )  # [2, kv_heads, rows, d]
-        for piece, cache in pieces:
-            count = piece.last - piece.first  # narrow() is half the price of slicing
-            cache.slab.narrow(2, piece.position - cache.base, count).copy_(fresh.narrow(2, piece.first, count))
-            for block in piece.queries:
-                cached = cache.slab.narrow(2, block.key_start - cache.base, block.key_end - block.key_start)
-                keys, values = scratch.floats(cached).unbind(0)  # [kv_heads, keys, d] each
-                first, rows_in_block = piece.first + block.first, block.last - block.first
-                out = scratch.mixed.narrow(0, first, rows_in_block)
-                if self._fused:
-                    attend_fused(queries.narrow(0, first, rows_in_block), keys, values, block, out)
-                else:
-                    attend(queries.narrow(0, first, rows_in_block), keys, values, block, out, self._form)
-        return self._output(scratch.mixed)
+        return self._output(attention.run(queries, fresh, caches, self._form, fused=self._fused))
 
 
 def _mlp_norm(config: ModelConfig, parts: Parts) -> Norm | None:
@@ -140,19 +117,3 @@ def _mlp(config: ModelConfig, index: int, parts: Parts) -> Mlp:
     if config.gated:
         return GatedMlp(parts, "mlp", config.intermediate_size, config.mlp_bias)
     return PlainMlp(parts, "mlp")
-
-
-class Scratch:
-    """Memory that the blocks of one pass share, so that none of it is allocated per layer."""
-
-    def __init__(self, rows: int, width: int, cache_values: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.mixed = torch.zeros(rows, width, dtype=torch.float32, device=device)
-        """Attention's result; padding rows stay zero."""
-        self._convert = dtype != torch.float32 and device.type == "cpu"
-        self._buffer = torch.empty(cache_values if self._convert else 0, dtype=torch.float32, device=device)
-
-    def floats(self, slab: torch.Tensor) -> torch.Tensor:
-        """A part of a cache slab in fp32 (elsewhere than on a CPU: as it is), valid until the next call."""
-        if not self._convert:
-            return slab
-        return self._buffer[: slab.numel()].view(slab.shape).copy_(slab)

@@ -1,19 +1,27 @@
-"""Keys and values of sessions, grown on demand in tiles of 64 under one byte budget.
+"""Keys and values of sessions in pages of 64 positions, taken on demand under one byte budget.
 
-A lane is one sequence. Each of its blocks has one slab [keys or values, kv_heads, capacity, head_dim], so attention
-reads them without gathering and a pass writes them in one copy. Memory is taken when tokens come, not when a session
-opens, and is given back the moment a lane is freed. Blocks with a sliding window forget what lies more than the window
-and a rollback margin behind; a deeper truncation asks for a replay.
+A lane is one sequence. Each of its blocks has a list of pages [keys or values, kv_heads, 64, head_dim]. Memory is taken
+when tokens come, page by page, so nothing is ever moved, and is given back the moment a lane is freed or cut. Lanes may
+share pages (a fork, a common prefix); whoever writes into a shared one first takes a copy. Blocks with a sliding window
+forget what lies more than the window and a rollback margin behind; a deeper truncation asks for a replay.
+
+Admission: a lane opened with a `max_length` is promised room for that many positions. The promise is kept in the books,
+not in memory: `used + promised and not yet taken <= budget` holds always, so a promised lane never meets a full cache,
+and what is promised but not yet taken serves as room for pages that can be dropped at once (prefix.py). A lane opened
+without takes its chances with what is neither used nor promised.
+
+Who pays: a page counts against the lane that allocated it. When that lane drops it while others hold it, another holder
+pays from then on; when only the prefix index holds it, nobody does, and it is dropped when memory is asked for.
 
 Unused slots hold zeros: attention multiplies them by exact zeros, and 0 * NaN would not be 0.
 
-Not safe for concurrent use of one lane; `KVPool`'s accounting may be used from several threads (a server opens lanes
-on its loop and fills them on its compute thread).
+Books may be read and lanes opened on any thread; pages are touched by one thread only (a server's compute thread).
 """
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Final
 
 import torch
@@ -24,10 +32,10 @@ from .models.config import ModelConfig
 
 ROLLBACK: Final = 64
 """Positions behind the window that sliding blocks keep, so that short truncations need no replay."""
-WINDOW_SLACK: Final = 128
-"""Room of a sliding slab beyond window and margin: it is moved once per this many tokens, not per tile."""
 MAX_LANES: Final = 4_096
 """Open lanes of one pool; an empty one costs no budget but some memory."""
+PASS_ROWS: Final = 1_024
+"""Rows a pass may add to a promised lane: what a sliding block needs depends on it."""
 
 
 class NeedReplay(SwarmError):
@@ -36,6 +44,26 @@ class NeedReplay(SwarmError):
     def __init__(self, position: int, message: str) -> None:
         super().__init__(message)
         self.position = position
+
+
+class Page:
+    """TILE positions of one block, held by lanes and perhaps by the prefix index."""
+
+    __slots__ = ("cached", "holders", "keys", "slots", "values")
+
+    def __init__(self, slots: torch.Tensor, payer: LaneCache) -> None:
+        self.slots = slots
+        """[2, kv_heads, TILE, head_dim]"""
+        self.keys, self.values = slots.unbind(0)
+        self.holders = [payer]
+        """Lanes that read it; the first one pays for it."""
+        self.cached = False
+        """Whether the prefix index holds it too."""
+
+    @property
+    def shared(self) -> bool:
+        """Whether writing into it would change what others read."""
+        return self.cached or len(self.holders) > 1
 
 
 class KVPool:
@@ -56,14 +84,28 @@ class KVPool:
         self.end = end
         self.dtype = dtype
         self.device = torch.device(device)
+        self.evict: Callable[[int], None] | None = None
+        """Drops cached things of at least so many bytes (prefix.py)."""
         self._used = 0
+        self._cached = 0
+        self._promised = 0
         self._lanes = 0
         self._lock = threading.Lock()
 
     @property
     def used_bytes(self) -> int:
-        """Bytes that lanes hold now."""
+        """Bytes of memory taken now, by lanes and by what is cached."""
         return self._used
+
+    @property
+    def cached_bytes(self) -> int:
+        """Bytes of it that can be dropped at once."""
+        return self._cached
+
+    @property
+    def promised_bytes(self) -> int:
+        """Bytes that lanes may still take by what they were promised."""
+        return self._promised
 
     @property
     def lanes(self) -> int:
@@ -76,133 +118,230 @@ class KVPool:
         return 2 * self.config.num_kv_heads * self.config.head_dim * self.dtype.itemsize
 
     @property
+    def page_bytes(self) -> int:
+        """Bytes of a page."""
+        return self.slot_bytes * TILE
+
+    @property
+    def free_bytes(self) -> int:
+        """What is neither held by lanes nor promised to them."""
+        return max(0, self.budget_bytes - self._used + self._cached - self._promised)
+
+    @property
     def free_tokens(self) -> int:
         """How many more tokens fit, over all lanes, if every block keeps every position."""
-        return max(0, self.budget_bytes - self._used) // (self.slot_bytes * (self.end - self.start))
+        return self.free_bytes // (self.slot_bytes * (self.end - self.start))
 
-    def open_lane(self, start: int | None = None, end: int | None = None) -> LaneCache:
-        """A new empty sequence over blocks [start, end), by default all. Raises ServerBusy when too many are open."""
+    def need(self, max_length: int, start: int, end: int) -> int:
+        """The most bytes that a lane of so many positions over blocks [start, end) can ever hold."""
+        return sum(self._most_pages(max_length, self.config.window(index)) for index in range(start, end)) * (
+            self.page_bytes
+        )
+
+    def _most_pages(self, max_length: int, window: int | None) -> int:
+        pages = tile_ceil(max_length) // TILE
+        if window is None:
+            return pages
+        # What is kept begins at most a tile before window and margin, and new rows end at most a tile later.
+        return min(pages, tile_ceil(window + ROLLBACK + PASS_ROWS) // TILE + 1)
+
+    def open_lane(
+        self, start: int | None = None, end: int | None = None, *, max_length: int | None = None
+    ) -> LaneCache:
+        """A new empty sequence over blocks [start, end), by default all.
+
+        With `max_length` room for that many positions is promised. Raises ServerBusy when there is none, or too many
+        lanes are open.
+        """
         start, end = self.start if start is None else start, self.end if end is None else end
         if not self.start <= start < end <= self.end:
             raise LocalProtocolError(f"lane over blocks {start}:{end} in a pool of {self.start}:{self.end}")
+        if max_length is not None and max_length < 1:
+            raise LocalProtocolError(f"a lane of {max_length} positions")
+        promise = 0 if max_length is None else self.need(max_length, start, end)
         with self._lock:
             if self._lanes >= MAX_LANES:
                 raise ServerBusy(f"{MAX_LANES} sequences are open here: try another server or later")
-            if self._used + self.slot_bytes * TILE * (end - start) > self.budget_bytes:
-                raise ServerBusy(self._full(self.slot_bytes * TILE * (end - start)))
+            wanted = promise or self.page_bytes * (end - start)
+            if wanted > self.free_bytes:
+                raise ServerBusy(self._full(wanted))
             self._lanes += 1
-        return LaneCache(self, start, end)
+            self._promised += promise
+        return LaneCache(self, start, end, max_length, promise)
 
     def _full(self, wanted: int) -> str:
         return (
-            f"the KV cache is full: {self._used} of {self.budget_bytes} bytes are used and {wanted} more are needed; "
-            f"try another server or later"
+            f"the KV cache is full: {self._used - self._cached} of {self.budget_bytes} bytes are used, "
+            f"{self._promised} promised, and {wanted} more are needed; try another server or later"
         )
 
-    def take(self, wanted: int) -> None:
-        """Count `wanted` bytes (negative: give back) against the budget. Raises ServerBusy, changing nothing."""
+    def take(self, wanted: int, promised: int) -> None:
+        """Count `wanted` bytes of new pages, `promised` of them promised. Raises ServerBusy, changing nothing."""
         with self._lock:
-            if wanted > 0 and self._used + wanted > self.budget_bytes:
+            if wanted - promised > self.free_bytes:
                 raise ServerBusy(self._full(wanted))
+            self._promised -= promised
             self._used += wanted
+            over = self._used - self.budget_bytes
+        if over > 0:
+            assert self.evict is not None, "only cached pages can be in the way of what was promised"
+            self.evict(over)
 
-    def close_lane(self, held: int) -> None:
-        """A lane that held so many bytes is gone."""
+    def give(self, freed: int, *, cached: int = 0, promised: int = 0) -> None:
+        """`freed` bytes left memory, `cached` more can now be dropped, `promised` go back to a lane's promise."""
         with self._lock:
-            self._used -= held
+            self._used -= freed
+            self._cached += cached
+            self._promised += promised
+
+    def close_lane(self, promised: int) -> None:
+        """A lane is gone that could still have taken so much of its promise."""
+        with self._lock:
+            self._promised -= promised
             self._lanes -= 1
 
 
 class BlockCache:
-    """One block's keys and values of one lane."""
+    """One block's pages of one lane."""
 
-    __slots__ = ("base", "slab", "window")
+    __slots__ = ("base", "pages", "window")
 
-    def __init__(self, empty: torch.Tensor, window: int | None) -> None:
+    def __init__(self, window: int | None) -> None:
         self.base = 0
-        """Position of slot 0, a multiple of TILE."""
+        """Position of the first page's first slot."""
         self.window = window
         """Sliding window, None where everything is kept."""
-        self.slab = empty  # [2, kv_heads, capacity, head_dim]
+        self.pages: list[Page] = []
 
     @property
     def capacity(self) -> int:
         """Slots there is room for."""
-        return self.slab.shape[2]
+        return len(self.pages) * TILE
 
-    def keep_from(self, length: int) -> int:
-        """First position worth keeping when `length` positions are cached."""
-        return 0 if self.window is None else max(0, length - self.window - ROLLBACK) // TILE * TILE
+    def page(self, position: int) -> Page:
+        """The page of a position."""
+        return self.pages[(position - self.base) // TILE]
 
-    def plan(self, length: int, new_length: int, generous: bool) -> tuple[int, int]:
-        """(base, capacity) with which the slab holds `new_length` positions, given `length` filled ones."""
-        if tile_ceil(new_length) - self.base <= self.capacity:
-            return self.base, self.capacity
-        base = self.keep_from(length)
-        needed = tile_ceil(new_length) - base
+    def stale(self, length: int) -> int:
+        """Pages that are not worth keeping when `length` positions are cached."""
         if self.window is None:
-            return base, max(needed, tile_ceil(self.capacity * 3 // 2)) if generous else needed
-        roomy = max(needed, tile_ceil(self.window + ROLLBACK + TILE + WINDOW_SLACK))
-        if needed <= self.capacity <= roomy:
-            return base, self.capacity
-        # Larger than that it can only be after a long prefill chunk: no use any more, so it shrinks.
-        return base, max(needed, min(roomy, tile_ceil(self.capacity * 3 // 2))) if generous else needed
+            return 0
+        return max(0, (length - self.window - ROLLBACK) // TILE - self.base // TILE)
 
-    def move(self, base: int, capacity: int, length: int) -> None:
-        """Re-base and resize the slab, keeping the filled positions from `base` on."""
-        if base == self.base and capacity == self.capacity:
-            return
-        kept = max(0, length - base)
-        kept_from = base - self.base
-        fresh = self.slab.new_zeros(*self.slab.shape[:2], capacity, self.slab.shape[3])
-        fresh[:, :, :kept] = self.slab[:, :, kept_from : kept_from + kept]
-        self.slab, self.base = fresh, base
+    def write(self, position: int, fresh: torch.Tensor) -> None:
+        """Store keys and values [2, kv_heads, rows, head_dim] from `position` on, where room was reserved."""
+        first, count = 0, fresh.shape[2]
+        while first < count:
+            slot = (position + first) % TILE
+            rows = min(TILE - slot, count - first)
+            self.page(position + first).slots.narrow(2, slot, rows).copy_(fresh.narrow(2, first, rows))
+            first += rows
 
-    def clear(self, start: int, end: int) -> None:
-        """Zero the positions [start, end)."""
-        self.slab[:, :, max(0, start - self.base) : max(0, end - self.base)].zero_()
+    def read(self, start: int, end: int, out: torch.Tensor) -> None:
+        """Copy whole pages [start, end) into `out` [2, kv_heads, end - start, head_dim], converting to its dtype."""
+        first = (start - self.base) // TILE
+        pages = self.pages[first : first + (end - start) // TILE]
+        if len(pages) == 1:
+            out.copy_(pages[0].slots)
+        else:
+            torch.cat([page.slots for page in pages], 2, out=out)
 
 
 class LaneCache:
     """One sequence's keys and values in blocks [start, end)."""
 
-    def __init__(self, pool: KVPool, start: int, end: int) -> None:
-        config = pool.config
-        empty = torch.zeros(2, config.num_kv_heads, 0, config.head_dim, dtype=pool.dtype, device=pool.device)
+    def __init__(self, pool: KVPool, start: int, end: int, max_length: int | None, promise: int) -> None:
         self.start = start
         self.end = end
+        self.max_length = max_length
+        """Positions promised, if any were."""
         self.length = 0
         """Positions cached in every block."""
-        self.blocks = [BlockCache(empty, config.window(index)) for index in range(start, end)]
+        self.blocks = [BlockCache(pool.config.window(index)) for index in range(start, end)]
         self._pool = pool
-        self._held = 0
+        self._promise = promise  # bytes it may still take
+        self._ready = 0  # up to here rows can be written
         self._open = True
 
     @property
     def held_bytes(self) -> int:
-        """What this lane takes of the budget."""
-        return self._held
+        """Memory of all its pages, shared ones too."""
+        return sum(len(block.pages) for block in self.blocks) * self._pool.page_bytes
 
     def reserve(self, length: int) -> None:
         """Make room for `length` positions in all. Raises ServerBusy, leaving the lane as it was."""
         if not self._open:
             raise LocalProtocolError("this lane was freed")
-        if all(tile_ceil(length) - block.base <= block.capacity for block in self.blocks):
+        if length <= self._ready:
             return
-        try:
-            self._resize(length, generous=True)
-        except ServerBusy:
-            self._resize(length, generous=False)
-
-    def _resize(self, length: int, *, generous: bool) -> None:
-        plans = [block.plan(self.length, length, generous) for block in self.blocks]
-        slots = sum(capacity for _, capacity in plans)
-        change = slots * self._pool.slot_bytes - self._held
-        self._pool.take(change)
-        self._held += change
+        if self.max_length is not None and (length > self.max_length or length - self.length > PASS_ROWS):
+            raise LocalProtocolError(
+                f"{length - self.length} rows after {self.length} do not fit a lane of {self.max_length} positions and "
+                f"{PASS_ROWS} rows a pass"
+            )
+        self._drop_stale()
         with torch.inference_mode():
-            for block, (base, capacity) in zip(self.blocks, plans, strict=True):
-                block.move(base, capacity, self.length)
+            self._grow(length)
+        self._ready = tile_ceil(length)
+
+    def _drop_stale(self) -> None:
+        for block in self.blocks:
+            if stale := block.stale(self.length):
+                self._release(block.pages[:stale])
+                del block.pages[:stale]
+                block.base += stale * TILE
+
+    def _grow(self, length: int) -> None:
+        missing = [(tile_ceil(length) - block.base) // TILE - len(block.pages) for block in self.blocks]
+        torn = self.length % TILE
+        shared = [block for block in self.blocks if torn and block.page(self.length).shared]
+        old = [block.page(self.length) for block in shared]
+        if self.max_length is not None:  # what it no longer pays for the shared pages pays for the copies
+            self._release(old)
+        self._take(sum(missing) + len(old))
+        if self.max_length is None:
+            self._release(old)
+        for block, page in zip(shared, old, strict=True):
+            copy = Page(self._empty(), self)
+            copy.slots[:, :, :torn] = page.slots[:, :, :torn]
+            block.pages[(self.length - block.base) // TILE] = copy
+        for block, count in zip(self.blocks, missing, strict=True):
+            block.pages.extend(Page(self._empty(), self) for _ in range(count))
+
+    def _empty(self) -> torch.Tensor:
+        config, pool = self._pool.config, self._pool
+        return torch.zeros(2, config.num_kv_heads, TILE, config.head_dim, dtype=pool.dtype, device=pool.device)
+
+    def _take(self, pages: int) -> None:
+        wanted = pages * self._pool.page_bytes
+        promised = min(wanted, self._promise)
+        self._pool.take(wanted, promised)
+        self._promise -= promised
+
+    def _release(self, pages: list[Page]) -> None:
+        """Stop holding pages; each goes on with another holder, in the prefix index, or not at all."""
+        size = self._pool.page_bytes
+        for page in pages:
+            paid = page.holders[0] is self
+            page.holders.remove(self)
+            if not paid:
+                continue
+            back = size if self.max_length is not None else 0
+            self._promise += back
+            if page.holders:
+                back -= page.holders[0].pay()
+            if page.holders:
+                self._pool.give(0, promised=back)
+            elif page.cached:
+                self._pool.give(0, cached=size, promised=back)
+            else:
+                self._pool.give(size, promised=back)
+
+    def pay(self) -> int:
+        """Take over a page that its payer has dropped; returns the bytes of promise this uses up."""
+        used = min(self._promise, self._pool.page_bytes)
+        self._promise -= used
+        return used
 
     def truncate(self, position: int) -> None:
         """Forget everything from `position` on; what follows is computed as if it had never been there.
@@ -223,34 +362,41 @@ class LaneCache:
                 )
         with torch.inference_mode():
             for block in self.blocks:
-                block.clear(position, self.length)
-        self.length = position
+                self._cut(block, position)
+        self.length = self._ready = position
+
+    def _cut(self, block: BlockCache, position: int) -> None:
+        kept = (tile_ceil(position) - block.base) // TILE
+        self._release(block.pages[kept:])
+        del block.pages[kept:]
+        if position % TILE and not block.pages[-1].shared:
+            block.pages[-1].slots[:, :, position % TILE :].zero_()
 
     def reset(self) -> None:
         """Empty the lane and give its memory back; it stays open. A replay starts with it."""
         for block in self.blocks:
-            block.slab, block.base = block.slab[:, :, :0].clone(), 0
-        self._pool.take(-self._held)
-        self._held = self.length = 0
+            self._release(block.pages)
+            block.pages, block.base = [], 0
+        self.length = self._ready = 0
 
     def fork(self) -> LaneCache:
-        """A lane of its own with the same contents. Raises ServerBusy when the budget has no room for the copy."""
-        other = self._pool.open_lane(self.start, self.end)
-        try:
-            self._pool.take(self._held)
-        except ServerBusy:
-            other.free()
-            raise
-        other._held = self._held
-        other.length = self.length
+        """A lane of its own with the same contents, sharing all pages until one of the two writes.
+
+        It is promised as much as this one. Raises ServerBusy when there is no room for that.
+        """
+        other = self._pool.open_lane(self.start, self.end, max_length=self.max_length)
         for mine, theirs in zip(self.blocks, other.blocks, strict=True):
-            theirs.base, theirs.slab = mine.base, mine.slab.clone()
+            theirs.base, theirs.pages = mine.base, mine.pages[: (tile_ceil(self.length) - mine.base) // TILE]
+            for page in theirs.pages:
+                page.holders.append(other)
+        self._ready = min(self._ready, self.length)
+        other.length = other._ready = self.length
         return other
 
     def free(self) -> None:
         """Give everything back. Safe to call twice."""
         if self._open:
+            self.reset()
             self._open = False
-            self.blocks = []
-            self._pool.close_lane(self._held)
-            self._held = self.length = 0
+            self._pool.close_lane(self._promise)
+            self._promise = 0

@@ -32,6 +32,11 @@ class ScoreForm:
         """Whether every query also attends to a sink without a value."""
         return self._sinks is not None
 
+    @property
+    def by_position(self) -> bool:
+        """Whether scores depend on where the key stands."""
+        return self._slopes is not None
+
     def shape_(self, scores: torch.Tensor, rows: int, key_start: int) -> None:
         """Cap and tilt fp32 scores [kv_heads, rows * group padded, keys] in place; keys start at `key_start`."""
         if self._cap is not None:  # cap * tanh(x / cap), by an exponential (activation.py says why)

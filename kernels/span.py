@@ -1,13 +1,13 @@
 """A span: consecutive blocks of a model, run over ragged batches.
 
-One pass carries rows of many sessions at once. Matrices see all rows together; attention goes session by session. By
+One pass carries rows of many sessions at once. Matrices see all rows together, attention goes by ragged.py. By
 the recipe of linear.py, attention.py and activation.py no row's bits depend on what else is in the pass.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
 
 import torch
@@ -15,11 +15,11 @@ import torch
 from ..protocol.errors import LocalProtocolError
 from ..protocol.tensors import Codec
 from . import codecs
-from .attention import QueryBlock, plan_queries
-from .blocks import Block, Scratch
+from .blocks import Block
 from .kvcache import LaneCache
 from .linear import pad_rows
 from .models.config import ModelConfig, RopeConfig
+from .ragged import Attention, Rows
 from .rope import RopeTable
 
 MAX_ROWS: Final = 65_536
@@ -40,16 +40,6 @@ class Piece:
     """Block borders where this session's activations are encoded and decoded, whoever computes both sides."""
     codec: Codec = Codec.BF16
     """The session's wire codec."""
-
-
-@dataclass(slots=True)
-class _View:
-    """A piece within a pass, for blocks of one window."""
-
-    first: int
-    last: int
-    position: int
-    queries: list[QueryBlock] = field(default_factory=list)
 
 
 class Span:
@@ -119,31 +109,29 @@ class Span:
         rows = hidden.to(device=self.device, dtype=self.dtype)
         rows = pad_rows(rows) if self._needs_padding else rows.contiguous()
         blocks = self._blocks[start - self.start : end - self.start]
-        views = self._views(pieces, {block.window for block in blocks})
+        attentions = self._attentions(pieces, rows.shape[0], {(block.window, block.batched) for block in blocks})
         rotations = self._rotations(pieces, rows.shape[0], {block.rope for block in blocks})
-        scratch = self._scratch(rows.shape[0], views)
         for border, block in enumerate(blocks, start):
             if border > start:
                 rows = _cut(rows, pieces, border)
-            caches = [
-                (view, piece.cache.blocks[border - piece.cache.start])
-                for view, piece in zip(views[block.window], pieces, strict=True)
-            ]
-            rows = block.forward(rows, rotations[block.rope], caches, scratch)
+            caches = [piece.cache.blocks[border - piece.cache.start] for piece in pieces]
+            rows = block.forward(rows, rotations[block.rope], attentions[block.window, block.batched], caches)
         for piece in pieces:
             piece.cache.length = piece.position + piece.count
         return rows[:count]
 
-    def _views(self, pieces: Sequence[Piece], windows: set[int | None]) -> dict[int | None, list[_View]]:
-        group = self.config.num_heads // self.config.num_kv_heads
-        views: dict[int | None, list[_View]] = {window: [] for window in windows}
-        for window, found in views.items():
-            first = 0
-            for piece in pieces:
-                queries = plan_queries(piece.position, piece.count, group=group, window=window, device=self.device)
-                found.append(_View(first, first + piece.count, piece.position, queries))
-                first += piece.count
-        return views
+    def _attentions(
+        self, pieces: Sequence[Piece], rows: int, kinds: set[tuple[int | None, bool]]
+    ) -> dict[tuple[int | None, bool], Attention]:
+        shares, first = [], 0
+        for piece in pieces:
+            shares.append(Rows(first, first + piece.count, piece.position))
+            first += piece.count
+        mixed = torch.zeros(rows, self.config.num_heads * self.config.head_dim, device=self.device)
+        return {
+            (window, batched): Attention(self.config, window, shares, mixed, self.dtype, batched=batched)
+            for window, batched in kinds
+        }
 
     def _rotations(self, pieces: Sequence[Piece], rows: int, ropes: set[RopeConfig]) -> dict[RopeConfig, torch.Tensor]:
         positions = torch.zeros(rows, dtype=torch.int64)
@@ -154,19 +142,6 @@ class Span:
         end = max(piece.position + piece.count for piece in pieces)
         positions = positions.to(self.device)
         return {rope: self._tables[rope].rows(positions, end) for rope in ropes}
-
-    def _scratch(self, rows: int, views: dict[int | None, list[_View]]) -> Scratch:
-        config = self.config
-        keys = max(
-            block.key_end - block.key_start for found in views.values() for view in found for block in view.queries
-        )
-        return Scratch(
-            rows,
-            config.num_heads * config.head_dim,
-            2 * keys * config.num_kv_heads * config.head_dim,
-            self.dtype,
-            self.device,
-        )
 
 
 def _cut(rows: torch.Tensor, pieces: Sequence[Piece], border: int) -> torch.Tensor:

@@ -89,10 +89,13 @@ class Worker:
         return min(3600.0, self._scheduler.rows * self.timings.decode_s * blocks)
 
     def open(self, request: Open) -> Seat:
-        """Make room for a session. Raises ServerBusy when the KV budget is spent."""
+        """Promise a session room for all it may need. Raises ServerBusy when the KV budget has none."""
         caches: list[LaneCache] = []
         try:
-            caches.extend(self.pool.open_lane(request.start, request.end) for _ in range(request.lanes))
+            caches.extend(
+                self.pool.open_lane(request.start, request.end, max_length=request.max_length)
+                for _ in range(request.lanes)
+            )
         except SwarmError:
             for cache in caches:
                 cache.free()
