@@ -1,6 +1,7 @@
 """The slow, obvious block: what the fast one is checked against where transformers is not at hand.
 
-Whole sequences only, fp32, no cache, no fusing, no padding: each step as the papers write it.
+Whole sequences only, fp32, no cache, no fusing, no padding: each step as the papers write it. It knows the forms of
+Llama, Mistral, Qwen and Gemma 3; for all others transformers is the oracle (tests/kernels/test_families.py).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch.nn import functional
 
+from ..protocol.errors import UnsupportedModel
 from .models.config import ModelConfig
 from .rope import inverse_frequencies
 
@@ -17,7 +19,11 @@ Tensors = Mapping[str, torch.Tensor]
 
 
 def run_block(config: ModelConfig, index: int, tensors: Tensors, hidden: torch.Tensor) -> torch.Tensor:
-    """fp32 [tokens, hidden] of one whole sequence -> the same after block `index`."""
+    """fp32 [tokens, hidden] of one whole sequence -> the same after block `index`. Raises UnsupportedModel."""
+    if config.norm != "rms" or config.residual != "sequential" or not config.gated or config.experts is not None:
+        raise UnsupportedModel(f"the reference knows no blocks of {config.family}")
+    if config.score_softcap is not None or config.alibi != "none" or config.sinks or config.rotated != config.head_dim:
+        raise UnsupportedModel(f"the reference knows no attention of {config.family}")
     attended = _attention(config, index, tensors, _norm(config, tensors, "input_layernorm", hidden))
     if config.post_norms:
         hidden = hidden + _norm(config, tensors, "post_attention_layernorm", attended)

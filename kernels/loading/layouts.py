@@ -222,6 +222,7 @@ _LAYOUTS: Final = {
     ),
     "qwen2_moe": Layout(stems={"mlp.router": "mlp.gate"}),
     "qwen3_moe": Layout(stems={"mlp.router": "mlp.gate"}),
+    "starcoder2": Layout(stems={"mlp.up_proj": "mlp.c_fc", "mlp.down_proj": "mlp.c_proj"}),
     "gpt_oss": Layout(cubes=True),
     "falcon": _bloom_like(_BLOOM_LIKE, by_group=True),  # with one KV head that is stacked
     "bloom": _bloom_like(_BLOOM_LIKE, by_group=True, embedding_norm="word_embeddings_layernorm"),

@@ -30,6 +30,8 @@ FAMILIES: Final = (
     "bloom",
     "gpt_neox",
     "gpt_oss",
+    "stablelm",
+    "starcoder2",
 )
 """Names of families, for people and for file formats; what a block computes is in the other fields."""
 ROPE_KINDS: Final = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")

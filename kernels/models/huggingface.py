@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from ...protocol.errors import UnsupportedModel
 from .config import MAX_BLOCKS, MAX_HEADS, ExpertsConfig, ModelConfig, RopeConfig, check_int
-from .layernormed import read_bloom, read_falcon, read_neox
+from .layernormed import read_bloom, read_falcon, read_neox, read_stablelm, read_starcoder2
 from .reader import Reader, optional_mapping, positive
 from .ropes import read_rope, rope_values, rotary_share
 
@@ -357,6 +357,8 @@ _READERS: Final[dict[str, Callable[[Reader], ModelConfig]]] = {
     "RefinedWebModel": read_falcon,
     "bloom": read_bloom,
     "gpt_neox": read_neox,
+    "stablelm": read_stablelm,
+    "starcoder2": read_starcoder2,
 }
 """Hugging Face `model_type` -> reader."""
 
@@ -380,6 +382,8 @@ _DEFAULTS: Final[dict[str, dict[str, Any]]] = {
     "falcon": {"bos_token_id": 11, "eos_token_id": 11},
     "bloom": _LLAMA_TOKENS,
     "gpt_neox": {"bos_token_id": 0, "eos_token_id": 2},
+    "stablelm": {"bos_token_id": 0, "eos_token_id": 0, "num_key_value_heads": 32},
+    "starcoder2": {"bos_token_id": 50_256, "eos_token_id": 50_256, "num_key_value_heads": 2},
 }
 """What an absent key means, where it is not the same for all; null means there is none."""
 

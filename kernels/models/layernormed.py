@@ -1,11 +1,11 @@
-"""Configs of the families with layer norms and plain MLPs: Falcon, BLOOM, GPT-NeoX."""
+"""Configs of the families with layer norms: Falcon, BLOOM, GPT-NeoX, StableLM, StarCoder 2."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from ...protocol.errors import UnsupportedModel
-from .config import MAX_HEADS, ModelConfig, RopeConfig, check_int
+from .config import MAX_BLOCKS, MAX_HEADS, ModelConfig, RopeConfig, check_int
 from .reader import Reader
 from .ropes import read_rope, rope_values, rotary_share
 
@@ -91,6 +91,62 @@ def read_neox(reader: Reader) -> ModelConfig:
         qkv_bias=bias,
         output_bias=bias,
         tied_head=reader.flag("tie_word_embeddings", False),
+    )
+
+
+def read_stablelm(reader: Reader) -> ModelConfig:
+    """StableLM: Llama with layer norms, and heads rotated in part."""
+    if reader.flag("qk_layernorm", False):
+        raise UnsupportedModel("StableLM with layer norms on heads (StableLM 2 12B) is not supported")
+    hidden, heads = reader.integer("hidden_size"), reader.integer("num_attention_heads")
+    check_int("num_attention_heads", heads, 1, MAX_HEADS)
+    max_positions = reader.integer("max_position_embeddings", 4096)
+    return _layer_normed(
+        reader,
+        "stablelm",
+        num_blocks=reader.integer("num_hidden_layers"),
+        hidden_size=hidden,
+        intermediate_size=reader.integer("intermediate_size", 6912),
+        num_heads=heads,
+        num_kv_heads=reader.integer("num_key_value_heads", heads),
+        norm_eps=reader.number("layer_norm_eps", 1e-5),
+        max_positions=max_positions,
+        rope=_rope(reader, max_positions),
+        rotary_dim=int(hidden // heads * rotary_share(reader, 0.25)),
+        residual="shared" if reader.flag("use_parallel_residual", False) else "sequential",
+        gated=True,
+        activation=reader.activation("hidden_act", default="silu"),
+        qkv_bias=reader.flag("use_qkv_bias", False),
+        output_bias=False,
+        mlp_bias=False,
+        tied_head=reader.flag("tie_word_embeddings", False),
+    )
+
+
+def read_starcoder2(reader: Reader) -> ModelConfig:
+    """StarCoder 2: layer norms, a plain MLP, grouped heads, a sliding window everywhere or nowhere."""
+    hidden, heads = reader.integer("hidden_size"), reader.integer("num_attention_heads")
+    blocks, window = reader.integer("num_hidden_layers"), reader.optional("sliding_window")
+    check_int("num_hidden_layers", blocks, 1, MAX_BLOCKS)
+    max_positions, bias = reader.integer("max_position_embeddings", 4096), reader.flag("use_bias", True)
+    return _layer_normed(
+        reader,
+        "starcoder2",
+        num_blocks=blocks,
+        hidden_size=hidden,
+        intermediate_size=reader.integer("intermediate_size", 12_288),
+        num_heads=heads,
+        num_kv_heads=reader.integer("num_key_value_heads", heads),
+        norm_eps=reader.number("norm_epsilon", 1e-5),
+        max_positions=max_positions,
+        rope=read_rope(rope_values(reader.values), reader.number("rope_theta", 10_000.0), max_positions),
+        sliding_window=window,
+        sliding_blocks=() if window is None else (True,) * blocks,
+        activation=reader.activation("hidden_act", default="gelu_pytorch_tanh"),
+        qkv_bias=bias,
+        output_bias=bias,
+        mlp_bias=bias,
+        tied_head=reader.flag("tie_word_embeddings", True),
     )
 
 

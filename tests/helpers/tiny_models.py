@@ -143,6 +143,13 @@ VARIATIONS: dict[str, tuple[str, dict]] = {
     "falcon-rw-odd": ("falcon", {"alibi": True, "num_attention_heads": 6, "hidden_size": 96}),
     "bloom": ("bloom", {"n_layer": 3, "n_head": 4}),
     "bloom-odd-untied": ("bloom", {"n_layer": 3, "n_head": 6, "hidden_size": 96, "tie_word_embeddings": False}),
+    "stablelm": ("stablelm", {"use_qkv_bias": True}),
+    "stablelm-shared-norm": (
+        "stablelm",
+        {"use_parallel_residual": True, "partial_rotary_factor": 0.5, "tie_word_embeddings": True},
+    ),
+    "starcoder2": ("starcoder2", {"sliding_window": 24}),
+    "starcoder2-plain": ("starcoder2", {"use_bias": False, "tie_word_embeddings": False}),
     "neox": ("gpt_neox", {}),
     "neox-sequential": ("gpt_neox", {"use_parallel_residual": False, "rotary_pct": 1.0, "hidden_act": "gelu_new"}),
     "neox-linear-rope": (

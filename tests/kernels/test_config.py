@@ -160,12 +160,12 @@ def test_json_from_strangers_is_checked():
 @pytest.mark.parametrize(
     "model_type",
     ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "mixtral", "qwen2_moe",
-     "qwen3_moe", "gpt_oss", "falcon", "bloom", "gpt_neox"],
+     "qwen3_moe", "gpt_oss", "falcon", "bloom", "gpt_neox", "stablelm", "starcoder2"],
 )  # fmt: skip
 def test_absent_keys_mean_what_they_mean_to_transformers(model_type):
     from transformers import AutoConfig
 
-    sizes = {"hidden_size": 256, "num_attention_heads": 32, "vocab_size": 50_000}
+    sizes = {"hidden_size": 256, "num_attention_heads": 32, "vocab_size": 60_000}
     given = {**sizes, "num_hidden_layers": 3, "intermediate_size": 96}
     if model_type == "bloom":
         given = {**sizes, "n_layer": 3, "n_head": 32, "num_attention_heads": 32}
