@@ -248,3 +248,16 @@ def test_what_a_later_version_added_is_written_only_where_it_applies():
     assert not set(json.loads(config.to_json())) & LATER
     assert json.loads(replace(config, norm="layer").to_json())["norm"] == "layer"
     assert ModelConfig.from_json(replace(config, norm="layer").to_json()).norm == "layer"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model_type": "bloom", "apply_residual_connection_post_layernorm": True}, "residuals after the norm"),
+        ({"model_type": "stablelm", "num_key_value_heads": 4, "qk_layernorm": True}, "layer norms on heads"),
+        ({"model_type": "gemma", "use_bidirectional_attention": True}, "bidirectional"),
+    ],
+)
+def test_variants_that_we_would_compute_wrongly_are_named(change, words):
+    with pytest.raises(UnsupportedModel, match=words):
+        ModelConfig.from_hf({**LLAMA, **change})

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
-from helpers.tiny_models import VARIATIONS, load_oracle, make_variation
+from helpers.tiny_models import VARIATIONS, load_oracle, make_config, make_variation
 from swarmnode.kernels.engine import load_embedding, load_head, load_span
 from swarmnode.kernels.kvcache import KVPool
 from swarmnode.kernels.loading.folder import FolderCheckpoint
+from swarmnode.kernels.reference import run_block
 from swarmnode.kernels.span import Piece
+from swarmnode.protocol.errors import UnsupportedModel
 
 TOKENS = 90
 GREEDY = 8
@@ -117,3 +119,9 @@ def test_quantized_blocks_stay_near(pair, quant, most):
     exact, near = added
     error = float(((near - exact).norm(dim=1) / exact.norm(dim=1)).median())
     assert 0 < error < most
+
+
+@pytest.mark.parametrize("change", [{"norm": "layer"}, {"residual": "shared"}, {"alibi": "bloom"}, {"rotary_dim": 8}])
+def test_the_slow_reference_refuses_forms_it_does_not_know(change):
+    with pytest.raises(UnsupportedModel, match="the reference knows no"):
+        run_block(make_config(**change), 0, {}, torch.zeros(1, 128))
