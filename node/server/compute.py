@@ -47,6 +47,8 @@ class Seat:
     is_tail: bool
     sampling: SamplingParams
     caches: list[LaneCache]
+    user: bytes = b""
+    """Who opened it: users share the device evenly."""
     closed: bool = False
 
     def codec_at(self, border: int) -> Codec:
@@ -88,7 +90,7 @@ class Worker:
         blocks = self.span.end - self.span.start
         return min(3600.0, self._scheduler.rows * self.timings.decode_s * blocks)
 
-    def open(self, request: Open) -> Seat:
+    def open(self, request: Open, user: bytes = b"") -> Seat:
         """Promise a session room for all it may need. Raises ServerBusy when the KV budget has none."""
         caches: list[LaneCache] = []
         try:
@@ -110,11 +112,12 @@ class Worker:
             is_tail=not request.next,
             sampling=SamplingParams.from_wire(request.sampling) if request.sampling else SamplingParams(),
             caches=caches,
+            user=user,
         )
 
     def submit(self, seat: Seat, job: Job, done: Callable[[Outcome], None]) -> None:
         """Queue a job; `done` is called on the loop with its outcome, unless the seat was released meanwhile."""
-        item = Item((id(seat), job.lane), (seat.start, seat.end), job.count, _Work(seat, job, done))
+        item = Item((id(seat), job.lane), (seat.start, seat.end), job.count, _Work(seat, job, done), seat.user)
         with self._condition:
             self._scheduler.add(item)
             self._condition.notify()

@@ -1,8 +1,12 @@
 """What the compute thread does next: a pure state machine, items in, batches out.
 
 Decode steps go first and together: one pass over the weights serves all of them, and each has a person waiting.
-Prefill chunks run alone, but never starve: after MAX_DECODE_TURNS batches of decode steps one chunk has its turn.
-Items of one lane keep their order. Only items of one group (same blocks) can share a batch.
+Prefill chunks never starve: after MAX_DECODE_TURNS batches of decode steps one chunk has its turn, and the decode steps
+that wait ride along in its pass. Items of one lane keep their order. Only items of one group (same blocks) can share a
+batch.
+
+Fair between users: everyone has a count of the rows run for them, and whoever has the lowest is served first, however
+many sessions the others open. Who comes (back) starts at the lowest count of those who wait: idleness saves up nothing.
 """
 
 from __future__ import annotations
@@ -31,6 +35,8 @@ class Item(Generic[T]):
     """Blocks they go through."""
     rows: int
     work: T
+    user: Hashable = None
+    """Who asked for it: users are served evenly."""
 
 
 class Scheduler(Generic[T]):
@@ -39,6 +45,8 @@ class Scheduler(Generic[T]):
     def __init__(self) -> None:
         self._lanes: OrderedDict[Hashable, deque[Item[T]]] = OrderedDict()  # in order of waiting
         self._decode_turns = 0
+        self._waiting: dict[Hashable, int] = {}  # items per user
+        self._served: dict[Hashable, int] = {}  # rows run, of users who wait
         self.rows = 0
         """Rows waiting."""
 
@@ -49,41 +57,64 @@ class Scheduler(Generic[T]):
         """Queue an item behind its lane's others."""
         self._lanes.setdefault(item.lane, deque()).append(item)
         self.rows += item.rows
+        if item.user not in self._waiting:
+            self._served[item.user] = min(self._served.values(), default=0)
+        self._waiting[item.user] = self._waiting.get(item.user, 0) + 1
 
     def remove(self, lane: Hashable) -> list[Item[T]]:
         """Take a lane's items out: its session has ended."""
         items = list(self._lanes.pop(lane, ()))
-        self.rows -= sum(item.rows for item in items)
+        for item in items:
+            self._forget(item)
         return items
 
     def next_batch(self) -> list[Item[T]]:
         """Take the items to run now; empty when nothing waits."""
-        heads = [queue[0] for queue in self._lanes.values()]
+        heads = self._by_turn([queue[0] for queue in self._lanes.values()])
         decode = [head for head in heads if head.rows <= DECODE_ROWS]
         prefill = [head for head in heads if head.rows > DECODE_ROWS]
         if decode and (not prefill or self._decode_turns < MAX_DECODE_TURNS):
             self._decode_turns += 1
-            return self._take(self._together(decode))
+            return self._take(_together(decode, decode[0].group))
         self._decode_turns = 0
-        return self._take(prefill[:1])
+        if not prefill:
+            return []
+        return self._take([prefill[0], *_together(decode, prefill[0].group)])
 
-    def _together(self, decode: list[Item[T]]) -> list[Item[T]]:
-        """Steps that can share the longest waiting one's pass."""
-        batch: list[Item[T]] = []
-        room = BATCH_ROWS
-        for item in decode:
-            if item.group == decode[0].group and item.rows <= room:
-                batch.append(item)
-                room -= item.rows
-        return batch
+    def _by_turn(self, heads: list[Item[T]]) -> list[Item[T]]:
+        """Users by rows served, one item of each at a time; lanes of one user by waiting."""
+        ahead = dict(self._served)
+        turns = []
+        for head in heads:
+            turns.append(ahead[head.user])
+            ahead[head.user] += head.rows
+        return [heads[index] for index in sorted(range(len(heads)), key=turns.__getitem__)]
 
     def _take(self, batch: list[Item[T]]) -> list[Item[T]]:
         for item in batch:
             queue = self._lanes[item.lane]
             queue.popleft()
-            self.rows -= item.rows
             if queue:
                 self._lanes.move_to_end(item.lane)
             else:
                 del self._lanes[item.lane]
+            self._served[item.user] += item.rows
+            self._forget(item)
         return batch
+
+    def _forget(self, item: Item[T]) -> None:
+        self.rows -= item.rows
+        self._waiting[item.user] -= 1
+        if not self._waiting[item.user]:
+            del self._waiting[item.user], self._served[item.user]
+
+
+def _together(decode: list[Item[T]], group: Hashable) -> list[Item[T]]:
+    """Steps that can share a pass through these blocks, first come first."""
+    batch: list[Item[T]] = []
+    room = BATCH_ROWS
+    for item in decode:
+        if item.group == group and item.rows <= room:
+            batch.append(item)
+            room -= item.rows
+    return batch

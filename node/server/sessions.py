@@ -110,7 +110,7 @@ class Sessions:
             await self._refuse(frames, refusal or Refused(code=int(RefusalCode.NO_MODEL), reason="no such model here"))
             return
         try:
-            seat = span.worker.open(request)
+            seat = span.worker.open(request, frames.stream.remote.raw)
         except ServerBusy as exc:
             await self._refuse(frames, Refused(code=int(RefusalCode.BUSY), reason=str(exc)[:500], retry_after_s=1.0))
             return
