@@ -2,16 +2,15 @@
 
 A lane is one sequence. Each of its blocks has a list of pages [keys or values, kv_heads, 64, head_dim]. Memory is taken
 when tokens come, page by page, so nothing is ever moved, and is given back the moment a lane is freed or cut. Lanes may
-share pages (a fork, a common prefix); whoever writes into a shared one first takes a copy. Blocks with a sliding window
-forget what lies more than the window and a rollback margin behind; a deeper truncation asks for a replay.
+share pages (a fork does); whoever writes into a shared one first takes a copy. Blocks with a sliding window forget what
+lies more than the window and a rollback margin behind; a deeper truncation asks for a replay.
 
 Admission: a lane opened with a `max_length` is promised room for that many positions. The promise is kept in the books,
-not in memory: `used + promised and not yet taken <= budget` holds always, so a promised lane never meets a full cache,
-and what is promised but not yet taken serves as room for pages that can be dropped at once (prefix.py). A lane opened
-without takes its chances with what is neither used nor promised.
+not in memory: `used + promised and not yet taken <= budget` holds always, so a promised lane never meets a full cache.
+A lane opened without takes its chances with what is neither used nor promised.
 
 Who pays: a page counts against the lane that allocated it. When that lane drops it while others hold it, another holder
-pays from then on; when only the prefix index holds it, nobody does, and it is dropped when memory is asked for.
+pays from then on.
 
 Unused slots hold zeros: attention multiplies them by exact zeros, and 0 * NaN would not be 0.
 
@@ -21,7 +20,6 @@ Books may be read and lanes opened on any thread; pages are touched by one threa
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from typing import Final
 
 import torch
@@ -47,9 +45,9 @@ class NeedReplay(SwarmError):
 
 
 class Page:
-    """TILE positions of one block, held by lanes and perhaps by the prefix index."""
+    """TILE positions of one block, held by one or more lanes."""
 
-    __slots__ = ("cached", "holders", "keys", "slots", "values")
+    __slots__ = ("holders", "keys", "slots", "values")
 
     def __init__(self, slots: torch.Tensor, payer: LaneCache) -> None:
         self.slots = slots
@@ -57,13 +55,11 @@ class Page:
         self.keys, self.values = slots.unbind(0)
         self.holders = [payer]
         """Lanes that read it; the first one pays for it."""
-        self.cached = False
-        """Whether the prefix index holds it too."""
 
     @property
     def shared(self) -> bool:
         """Whether writing into it would change what others read."""
-        return self.cached or len(self.holders) > 1
+        return len(self.holders) > 1
 
 
 class KVPool:
@@ -84,23 +80,15 @@ class KVPool:
         self.end = end
         self.dtype = dtype
         self.device = torch.device(device)
-        self.evict: Callable[[int], None] | None = None
-        """Drops cached things of at least so many bytes (prefix.py)."""
         self._used = 0
-        self._cached = 0
         self._promised = 0
         self._lanes = 0
         self._lock = threading.Lock()
 
     @property
     def used_bytes(self) -> int:
-        """Bytes of memory taken now, by lanes and by what is cached."""
+        """Bytes of memory that lanes hold now."""
         return self._used
-
-    @property
-    def cached_bytes(self) -> int:
-        """Bytes of it that can be dropped at once."""
-        return self._cached
 
     @property
     def promised_bytes(self) -> int:
@@ -125,7 +113,7 @@ class KVPool:
     @property
     def free_bytes(self) -> int:
         """What is neither held by lanes nor promised to them."""
-        return max(0, self.budget_bytes - self._used + self._cached - self._promised)
+        return max(0, self.budget_bytes - self._used - self._promised)
 
     @property
     def free_tokens(self) -> int:
@@ -171,7 +159,7 @@ class KVPool:
 
     def _full(self, wanted: int) -> str:
         return (
-            f"the KV cache is full: {self._used - self._cached} of {self.budget_bytes} bytes are used, "
+            f"the KV cache is full: {self._used} of {self.budget_bytes} bytes are used, "
             f"{self._promised} promised, and {wanted} more are needed; try another server or later"
         )
 
@@ -182,16 +170,11 @@ class KVPool:
                 raise ServerBusy(self._full(wanted))
             self._promised -= promised
             self._used += wanted
-            over = self._used - self.budget_bytes
-        if over > 0:
-            assert self.evict is not None, "only cached pages can be in the way of what was promised"
-            self.evict(over)
 
-    def give(self, freed: int, *, cached: int = 0, promised: int = 0) -> None:
-        """`freed` bytes left memory, `cached` more can now be dropped, `promised` go back to a lane's promise."""
+    def give(self, freed: int, promised: int) -> None:
+        """`freed` bytes left memory, and `promised` go back to a lane's promise."""
         with self._lock:
             self._used -= freed
-            self._cached += cached
             self._promised += promised
 
     def close_lane(self, promised: int) -> None:
@@ -319,7 +302,7 @@ class LaneCache:
         self._promise -= promised
 
     def _release(self, pages: list[Page]) -> None:
-        """Stop holding pages; each goes on with another holder, in the prefix index, or not at all."""
+        """Stop holding pages; each goes on with another holder, or not at all."""
         size = self._pool.page_bytes
         for page in pages:
             paid = page.holders[0] is self
@@ -330,12 +313,7 @@ class LaneCache:
             self._promise += back
             if page.holders:
                 back -= page.holders[0].pay()
-            if page.holders:
-                self._pool.give(0, promised=back)
-            elif page.cached:
-                self._pool.give(0, cached=size, promised=back)
-            else:
-                self._pool.give(size, promised=back)
+            self._pool.give(0 if page.holders else size, back)
 
     def pay(self) -> int:
         """Take over a page that its payer has dropped; returns the bytes of promise this uses up."""
