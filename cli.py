@@ -459,6 +459,29 @@ def trace(ctx: click.Context, /, file: Path, as_json: bool) -> int:
     return observed.replay_file(file, _console(ctx, as_json))
 
 
+@swarmnode.command()
+@click.argument("model", required=False, envvar="SWARMNODE_MODEL")
+@_option("--threads", type=click.IntRange(1, 1024), default=None, metavar="N", help="Threads to compute with.")
+@click.option(
+    "--quant",
+    type=click.Choice(("none", "int8", "nf4", "llm-int8")),
+    multiple=True,
+    help="Only this way to hold weights. Repeatable.",
+)
+@_json
+@click.pass_context
+def bench(ctx: click.Context, /, model: str | None, threads: int | None, quant: tuple[str, ...], as_json: bool) -> int:
+    """How fast this machine is, and how fast MODEL's blocks are on it. Joins no swarm.
+
+    Shows memory bandwidth, multiplication rates, and per way of holding weights the time of a block for one token and
+    for a prompt of 128, as a share of what the hardware allows.
+    """
+    from .node.bench import bench
+    from .node.config import BUILTIN_MODEL
+
+    return bench(_config((), "main"), model or BUILTIN_MODEL, quant or None, threads, _console(ctx, as_json))
+
+
 @swarmnode.command("id")
 @_option("--identity", type=click.Path(path_type=Path), default=None, metavar="FILE", help="Key file, made if missing.")
 @_json

@@ -190,8 +190,8 @@ def block_times(span: Span, pool: KVPool) -> tuple[float, float]:
     lane = pool.open_lane(span.start, min(span.end, span.start + _TIMED_BLOCKS))
     try:
         blocks = lane.end - lane.start
-        prefill_s = _best(lambda: _pass(span, lane, hidden)) * PREFILL_ROWS / rows / blocks
-        return _best(lambda: _pass(span, lane, hidden[:1])) / blocks, prefill_s
+        prefill_s = best_seconds(lambda: _pass(span, lane, hidden)) * PREFILL_ROWS / rows / blocks
+        return best_seconds(lambda: _pass(span, lane, hidden[:1])) / blocks, prefill_s
     finally:
         lane.free()
 
@@ -202,7 +202,7 @@ def _pass(span: Span, lane: LaneCache, hidden: torch.Tensor) -> None:
         torch.cuda.synchronize(span.device)
 
 
-def _best(action: Callable[[], object]) -> float:
+def best_seconds(action: Callable[[], object]) -> float:
     """Seconds of the fastest of a few runs; the first only warms up."""
     action()
     best, began = float("inf"), time.perf_counter()
@@ -219,10 +219,10 @@ def _best(action: Callable[[], object]) -> float:
 def read_bandwidth(size_bytes: int = 256 << 20) -> float:
     """Bytes per second this machine reads from memory with the threads torch has now: the limit of decoding."""
     buffer = torch.ones(size_bytes // 4)
-    return size_bytes / _best(buffer.sum)
+    return size_bytes / best_seconds(buffer.sum)
 
 
 def matmul_rate(dtype: torch.dtype, size: int = 1024) -> float:
     """Floating-point operations per second of a big matrix product: the limit of prefill."""
     matrix = torch.ones(size, size, dtype=dtype)
-    return 2 * size**3 / _best(lambda: torch.mm(matrix, matrix))
+    return 2 * size**3 / best_seconds(lambda: torch.mm(matrix, matrix))

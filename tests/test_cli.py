@@ -25,7 +25,7 @@ from swarmnode.protocol.multiaddr import Multiaddr
 
 PEER = PrivateKey.from_seed(bytes(32)).peer_id
 ADDRESS = f"/ip4/127.0.0.1/tcp/4001/p2p/{PEER}"
-VERBS = ("join", "generate", "chat", "status", "peers", "models", "route", "ping", "invite", "trace", "id")
+VERBS = ("join", "generate", "chat", "status", "peers", "models", "route", "ping", "invite", "trace", "bench", "id")
 
 
 @pytest.fixture(autouse=True)
@@ -646,6 +646,42 @@ def test_id_makes_the_key_once(own_folders):
     assert run("id", "--identity", str(other))[1].strip() != body["peer_id"]
     other.write_bytes(b"junk")
     assert_error(run("id", "--identity", str(other)), 2, "not a libp2p private key")
+
+
+# This machine's figures
+
+
+def test_bench_measures_a_model(monkeypatch):
+    import torch
+    from helpers.tiny_models import RandomCheckpoint, make_config
+    from swarmnode.kernels import bench, measure
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "9")  # torch reads it when it is loaded: here it is, long ago
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+    monkeypatch.setattr(measure, "_TIMING_BUDGET_S", 0.0)
+    monkeypatch.setattr(bench, "read_bandwidth", lambda: measure.read_bandwidth(1 << 20))
+    monkeypatch.setattr(bench, "matmul_rate", lambda dtype: measure.matmul_rate(dtype, 64))
+    monkeypatch.setattr("swarmnode.kernels.loading.checkpoint.open_checkpoint", lambda *_, **__: tiny)
+    tiny = RandomCheckpoint(make_config(num_blocks=6))
+    code, out, _ = run("bench", "toy", "--threads", "1", "--quant", "none", "--quant", "int8", "--json")
+    body = json.loads(out)
+    assert (code, os.environ["OMP_NUM_THREADS"], body["limits"]["threads"]) == (0, "1", torch.get_num_threads())
+    assert [found["quant"] for found in body["blocks"]] == ["none", "int8"]
+    for found in body["blocks"]:
+        assert found["bytes"] / found["decode_s"] == pytest.approx(
+            found["decode_share"] * body["limits"]["bytes_per_s"]
+        )
+    assert body["head"]["bytes"] == 64 * 128 * 4  # small: kept in fp32
+    code, out, _ = run("bench", "toy", "--quant", "int8")
+    assert code == 0
+    assert out.splitlines()[1] == "toy, one of its 6 blocks:"
+    assert out.splitlines()[3].startswith("int8 ")
+
+
+def test_bench_names_what_it_cannot_measure(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+    assert_error(run("bench", "/no/such/model"), 1, "is no model")
 
 
 # A route and a status made of routing's own data
