@@ -1,11 +1,12 @@
 """From a checkpoint to something that computes: spans, embedding and head, quantized block by block while loading.
 
-Only one block's tensors are in memory unquantized at a time, so the peak while loading is the final size plus one
-block.
+Only one block's tensors are in memory unquantized at a time, and what they took is given back before the next.
 """
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Final, Protocol
@@ -87,9 +88,17 @@ def load_span(
     with torch.inference_mode():
         for index in range(start, end):
             blocks.append(Block(config, index, checkpoint.block(index, read_dtype), make, device))
+            give_back_memory()
             if progress is not None:
                 progress(index - start + 1, end - start)
     return Span(config, start, blocks, dtype=dtype, quant=quant, device=device)
+
+
+def give_back_memory() -> None:
+    """Return freed memory to the system where the C library would keep it: a block's unquantized tensors."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def load_embedding(checkpoint: Source, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> Embedding:
