@@ -198,7 +198,10 @@ class Discovery:
         now = self._clock.now()
         if not fresh and (recent := self.dht.recent(key, now)) is not None:
             return recent
-        return list((await self._result(self.dht.read(key, now))).entries)
+        result = await self._result(self.dht.read(key, now))
+        if result.untimely > len(result.entries):
+            logger.warning("%d records found are not valid by this machine's clock; is it right?", result.untimely)
+        return list(result.entries)
 
     async def put_value(self, key: bytes, value: bytes) -> int:
         """Keep a value at the peers nearest to its key, for 36 hours. Returns how many peers have it.

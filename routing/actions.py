@@ -35,6 +35,9 @@ class Finished:
     """Questions it took."""
     entries: tuple[SignedEntry, ...] = ()
     """Of a read: the live entries, newest per signer, without withdrawn ones, in order of signer."""
+    untimely: int = 0
+    """Of a read: signers whose entries do not count because by our clock they are over, or not yet made. Holders drop
+    such entries, so when there are many it is our clock that is wrong."""
     holding: tuple[Contact, ...] = ()
     """Of a publication: peers that say they hold the entry, ourselves not counted."""
     subnets: int = 0

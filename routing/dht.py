@@ -39,7 +39,7 @@ from .lost import Lost
 from .parameters import DhtConfig
 from .publications import Publications
 from .queries import Deliver, Held, Locate, Publish, Read, Send, merge
-from .store import MIN_LEASE_S, Source, Store, StoreLimits, Verifier, iter_batches
+from .store import Source, Store, StoreLimits, Verifier, iter_batches
 from .table import Contact, Table
 from .timeouts import Timeouts
 from .whereabouts import Whereabouts
@@ -205,7 +205,7 @@ class Dht:
         if query is not None and query.id not in self._active:
             query = None  # it could not wait for this answer
         try:
-            held = self._verified(query, reply, now, wall)
+            held = query.verified(reply, self.verifier, now, wall) if isinstance(query, Read) else []
             self.whereabouts.heard(contact.peer, reply.coordinate, rtt_s or now - question.asked_at, now)
         except RemoteProtocolError:
             self.misbehaved(contact.peer, now)
@@ -370,12 +370,14 @@ class Dht:
 
     def _finish(self, query: Locate, now: float) -> None:
         entries: list[SignedEntry] = []
+        untimely = 0
         if isinstance(query, Read):
             cached = self._cache.entry(query.key, now)
             cached.held, cached.read_at, cached.reading = query.found, now, None
             entries = self._visible(query.key, query.found.values(), now)
+            untimely = len(query.untimely)
         contacts = tuple(query.lookup.closest(self._config.k))
-        finished = Finished(query.id, contacts, query.asked, tuple(entries))
+        finished = Finished(query.id, contacts, query.asked, tuple(entries), untimely)
         if isinstance(query, GetValue | FindProviders):
             finished = query.outcome(finished)
         if isinstance(query, Deliver):
@@ -419,24 +421,6 @@ class Dht:
             if contact.peer != self.own:
                 found.append(contact)
         return self._usable(found, now)
-
-    def _verified(self, query: Locate | None, reply: Message, now: float, wall: float) -> list[Held]:
-        """The entries of a reply, checked. Raises RemoteProtocolError for a forgery; untimely ones are left out."""
-        if not isinstance(query, Read):
-            return []
-        held = []
-        for leased in reply.entries:
-            entry = leased.entry
-            if entry.key != query.key:
-                raise RemoteProtocolError("entries of another key than was asked for")
-            lease_s = entry.lease_s(wall, leased.lease_s)
-            old = query.found.get(entry.subkey)
-            if lease_s < MIN_LEASE_S or (old is not None and old.entry.seq >= entry.seq):
-                continue
-            if not self.verifier.check(entry):
-                raise RemoteProtocolError(f"entry of {entry.subkey.short} is not signed by it")
-            held.append(Held(entry, now + lease_s))
-        return held
 
     # Peers
 

@@ -15,12 +15,14 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Final
 
+from ..protocol.errors import RemoteProtocolError
 from ..protocol.ids import PeerId
 from ..protocol.kad import MAX_HAVE_BYTES, LeasedEntry, Message, MessageType
 from ..protocol.multiaddr import Multiaddr
 from ..protocol.records import TAG_BYTES, SignedEntry
 from .answers import peer_tag
 from .lookup import Done, Lookup, Wait
+from .store import MIN_LEASE_S, Verifier
 from .table import Contact, subnet_of
 from .timeouts import Limits
 
@@ -110,7 +112,27 @@ class Read(Locate):
     def __init__(self, query_id: int, key: bytes, lookup: Lookup, known: Mapping[PeerId, Held]) -> None:
         super().__init__(query_id, key, lookup)
         self.found = dict(known)
+        self.untimely: set[PeerId] = set()
+        """Signers of entries left out for their time."""
         self._pages: dict[PeerId, int] = {}
+
+    def verified(self, reply: Message, verifier: Verifier, now: float, wall: float) -> list[Held]:
+        """The news among a reply's entries, without untimely ones. Raises RemoteProtocolError for a forgery."""
+        held = []
+        for leased in reply.entries:
+            entry = leased.entry
+            if entry.key != self.key:
+                raise RemoteProtocolError("entries of another key than was asked for")
+            lease_s = entry.lease_s(wall, leased.lease_s)
+            old = self.found.get(entry.subkey)
+            if lease_s < MIN_LEASE_S and len(self.untimely) < MAX_READ_ENTRIES:
+                self.untimely.add(entry.subkey)
+            if lease_s < MIN_LEASE_S or (old is not None and old.entry.seq >= entry.seq):
+                continue
+            if not verifier.check(entry):
+                raise RemoteProtocolError(f"entry of {entry.subkey.short} is not signed by it")
+            held.append(Held(entry, now + lease_s))
+        return held
 
     def request(self, peer: PeerId, cursor: bytes = b"") -> Message:
         """Ask for entries, but not for those we have."""

@@ -442,6 +442,20 @@ def test_a_node_whose_clock_is_an_hour_off_is_told_that_nobody_holds_its_entry()
     assert swarm.publish(nodes[0], KEY)[0].holders == 0
 
 
+@pytest.mark.parametrize("error_s", [-3600, 3600])
+def test_a_reader_whose_clock_is_an_hour_off_is_told_so(error_s):
+    swarm = Network(18)
+    nodes = grow(swarm, 12)
+    for node in nodes[:3]:
+        swarm.publish(node, KEY)
+    reader = swarm.add(nodes[0])
+    reader.clock_error_s = error_s
+    swarm.run(5)
+    result, _ = swarm.read(reader, KEY)
+    assert (result.entries, result.untimely) == ((), 3)
+    assert swarm.read(nodes[5], KEY)[0].untimely == 0
+
+
 def test_requests_others_may_send_are_answered_politely():
     dht = machine()
     remote = key_of("js").peer_id

@@ -21,9 +21,9 @@ PAYLOAD = bytes(200)
 """About what a server announces of itself."""
 
 
-def world(seed, **options):
-    """A network over the continents of latency.py, without encoding: what most experiments run on."""
-    return Network(seed, latency=World(Random(seed)), encode=False, **options)
+def world(seed, *, encode=False, **options):
+    """A network over the continents of latency.py, without encoding unless told: what experiments run on."""
+    return Network(seed, latency=World(Random(seed)), encode=encode, **options)
 
 
 def mean(values):

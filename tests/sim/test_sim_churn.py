@@ -25,7 +25,7 @@ def test_a_hundred_nodes_for_ten_minutes(seed):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "trouble",
-    [{"loss": 0.005}, {"client_share": 0.33}, {"skew_s": 80.0}, {"lifetime": heavy_tailed(200.0)}, {"encode": True}],
+    [{"loss": 0.005}, {"client_share": 0.33}, {"skew_s": 40.0}, {"lifetime": heavy_tailed(200.0)}, {"encode": True}],
     ids=["losses", "clients behind NAT", "clocks", "heavy-tailed lives", "encoded"],
 )
 def test_with_other_troubles(trouble):
