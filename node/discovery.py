@@ -45,6 +45,8 @@ SERVE_IDLE_S: Final = 60.0
 """A peer's silent stream is closed after this."""
 MAX_SERVED_STREAMS: Final = 1024
 MAX_SERVED_PER_PEER: Final = 32
+CROWDED: Final = 6.0
+"""So many times denser than around ourselves is no chance."""
 REJOIN_FIRST_S: Final = 5.0
 REJOIN_CAP_S: Final = 60.0
 MAX_MET: Final = 64
@@ -165,14 +167,20 @@ class Discovery:
         finally:
             self._alarm.set()
 
-    async def publish(self, key: bytes, payload: bytes, ttl_s: float = DEFAULT_TTL_S) -> int:
+    async def publish(
+        self, key: bytes, payload: bytes, ttl_s: float = DEFAULT_TTL_S, *, paths: int | None = None
+    ) -> int:
         """Announce a payload under a key, now and every 40 s until withdraw(). Returns how many peers hold it.
 
         It is held here too, so 0 is no error in a swarm of one. Raises LocalProtocolError for a payload over 1000
-        bytes or a ttl over 600 s. Cancelling only stops the waiting.
+        bytes or a ttl over 600 s. `paths` > 1 looks for holders over disjoint paths, against many liars. Cancelling
+        only stops the waiting.
         """
         now, wall = self._times()
-        return (await self._result(self.dht.publish(key, payload, ceil(ttl_s), now, wall))).holders
+        result = await self._result(self.dht.publish(key, payload, ceil(ttl_s), now, wall, paths=paths))
+        if result.crowding > CROWDED:
+            logger.warning("%d times more peers than elsewhere sit around a key: made to sit there?", result.crowding)
+        return result.holders
 
     async def withdraw(self, key: bytes) -> None:
         """Take back what we announced under a key: put a tombstone there. Nothing happens if there is nothing."""
@@ -189,16 +197,16 @@ class Discovery:
         except TimeoutError:
             logger.debug("left before every tombstone was taken")
 
-    async def lookup(self, key: bytes, *, fresh: bool = False) -> list[SignedEntry]:
+    async def lookup(self, key: bytes, *, fresh: bool = False, paths: int | None = None) -> list[SignedEntry]:
         """The verified, live, newest entry of each signer under a key, in order of signer.
 
         A key used often is answered from memory, at most 20 s old; `fresh` always asks the holders. Lookups of one
-        key at the same time share one search.
+        key at the same time share one search; `paths` is that of publish().
         """
         now = self._clock.now()
         if not fresh and (recent := self.dht.recent(key, now)) is not None:
             return recent
-        result = await self._result(self.dht.read(key, now))
+        result = await self._result(self.dht.read(key, now, paths=paths))
         if result.untimely > len(result.entries):
             logger.warning("%d records found are not valid by this machine's clock; is it right?", result.untimely)
         return list(result.entries)
