@@ -209,6 +209,7 @@ def run_enemies(quick):
     for share in (0.2, 0.4):
         for strategies in (STRATEGIES, *((name,) for name in STRATEGIES)):
             for paths in (1, 3):
+                gc.collect()
                 seen = siege(count, share, strategies, paths=paths, tries=tries)
                 name = "all of it" if len(strategies) > 1 else strategies[0]
                 rows.append(
@@ -226,6 +227,7 @@ def run_enemies(quick):
     table(*rows)
     for share in (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6):
         for paths in (1, 3):
+            gc.collect()
             seen = siege(count, share, ("accomplices",), paths=paths, tries=tries)
             curves.setdefault(f"{paths} path{'s' * (paths > 1)}", []).append(
                 (100 * share, 100 * seen.read / seen.tries)
