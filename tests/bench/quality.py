@@ -56,8 +56,9 @@ class Scores:
 
     def __init__(self, ids: torch.Tensor, reference: torch.Tensor, head: Head) -> None:
         self._ids = ids
-        self._reference = reference
         self._head = head
+        parts = torch.split(reference[: len(ids) - 1], CHUNK)
+        self._wanted = [torch.log_softmax(head.logits(part), -1) for part in parts]  # 1 MiB a token
         self._base = self._row("", reference, head, 1.0).perplexity
 
     def row(self, name: str, hidden: torch.Tensor, head: Head | None = None) -> Row:
@@ -69,7 +70,7 @@ class Scores:
         for first in range(0, count, CHUNK):
             part = slice(first, min(first + CHUNK, count))
             found = torch.log_softmax(head.logits(hidden[part]), -1)
-            wanted = torch.log_softmax(self._head.logits(self._reference[part]), -1)
+            wanted = self._wanted[first // CHUNK]
             targets = self._ids[part.start + 1 : part.stop + 1, None]
             loss -= float(found.gather(1, targets).double().sum())
             divergence += float((wanted.exp() * (wanted - found)).double().sum())
