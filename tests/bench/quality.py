@@ -1,6 +1,6 @@
 """What quantization and wire codecs cost in quality: perplexity of the real Gemma 3 270M on a public-domain text.
 
-    python tests/bench/quality.py [--tokens N] [--threads N] [--json]
+    python tests/bench/quality.py [--tokens N] [--threads N] [--part wire|blocks|all] [--json]
 
 The text is tests/data/devils-dictionary.txt, one window from its start, each token predicted from all before it.
 transformers runs on the same dequantized weights, so its fp32 row is the reference for KL and top-1 agreement. "exact
@@ -101,32 +101,40 @@ def theirs(checkpoint: Checkpoint, dtype: torch.dtype, ids: torch.Tensor) -> tor
         return model.model(input_ids=ids[None], use_cache=False).last_hidden_state[0].float()
 
 
-def measure(checkpoint: Checkpoint, ids: torch.Tensor) -> Iterator[Row]:
-    blocks = checkpoint.config.num_blocks
+def measure(checkpoint: Checkpoint, ids: torch.Tensor, part: str) -> Iterator[Row]:
     head, small_head = (load_head(checkpoint, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
     reference = theirs(checkpoint, torch.float32, ids)
     scores = Scores(ids, reference, head)
     yield scores.row("transformers fp32", reference)
     yield scores.row("transformers bf16", theirs(checkpoint, torch.bfloat16, ids))
-    span = load_span(checkpoint, 0, blocks, dtype=torch.float32)
+    if part in ("wire", "all"):
+        yield from wire_rows(checkpoint, ids, scores)
+    if part in ("blocks", "all"):
+        yield from block_rows(checkpoint, ids, scores, small_head)
+
+
+def wire_rows(checkpoint: Checkpoint, ids: torch.Tensor, scores: Scores) -> Iterator[Row]:
+    span = load_span(checkpoint, 0, checkpoint.config.num_blocks, dtype=torch.float32)
     yield scores.row("none, fp32", ours(checkpoint, span, ids))
     for codec in (Codec.FP32, Codec.BF16, Codec.INT8S):
         hidden = ours(checkpoint, span, ids, codec)
         yield scores.row(f"none, fp32, wire {codec.label} at {', '.join(map(str, sorted(CUTS)))}", hidden)
+
+
+def block_rows(checkpoint: Checkpoint, ids: torch.Tensor, scores: Scores, small_head: Head) -> Iterator[Row]:
     for quant in ("none", "int8", "nf4", "llm-int8"):
-        span = load_span(checkpoint, 0, blocks, dtype=torch.bfloat16, quant=quant)
+        span = load_span(checkpoint, 0, checkpoint.config.num_blocks, dtype=torch.bfloat16, quant=quant)
         hidden = ours(checkpoint, span, ids)
         yield scores.row(f"{quant}, bf16, exact head", hidden)
-        if quant in ("none", "int8"):
+        if quant == "int8":
             yield scores.row(f"{quant}, bf16, 8-bit head", hidden, small_head)
-            hidden = ours(checkpoint, span, ids, Codec.INT8S)
-            yield scores.row(f"{quant}, bf16, exact head, wire int8s at 6, 12", hidden)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=2_400)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--part", choices=("wire", "blocks", "all"), default="all")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -135,7 +143,7 @@ def main() -> None:
     print(f"{len(ids) - 1} tokens scored", file=sys.stderr)
     if not options.json:
         print("| blocks | perplexity | change | KL | same top 1 |\n|---|---|---|---|---|")
-    for row in measure(checkpoint, ids):
+    for row in measure(checkpoint, ids, options.part):
         if options.json:
             print(json.dumps(asdict(row)), flush=True)
             continue
