@@ -45,9 +45,9 @@ def bf16(env):
 
 
 @pytest.fixture(scope="module")
-def fp32(env):
-    """Servers that compute in fp32."""
-    servers = Servers(env, "--dtype", "fp32")
+def fp32(gemma, cache_dir, tmp_path_factory):
+    """Servers that compute in fp32, of a user of their own: a node without --peer joins whom its user met before."""
+    servers = Servers(environment(tmp_path_factory.mktemp("fp32"), cache_dir), "--dtype", "fp32")
     yield servers
     servers.stop()
 
