@@ -14,6 +14,7 @@ from swarmnode.protocol.ids import KeyType, PeerId, PrivateKey, PublicKey, base5
 from swarmnode.protocol.invite import Invite
 from swarmnode.protocol.multiaddr import Multiaddr
 from swarmnode.protocol.records import sign_entry
+from swarmnode.protocol.relay import HopMessage, HopType, Limit, Reservation, Status, StopMessage, StopType
 from swarmnode.protocol.sampling import SamplingParams
 from swarmnode.protocol.wire import Message
 from swarmnode.routing.announce import Announcement, ModelListing, State, kv_bucket
@@ -164,6 +165,32 @@ def envelope(rng):
     if rng.random() < 0.5:
         payload = mutate(payload, rng)
     return Envelope.seal(key, RECORD_DOMAIN, RECORD_TYPE, payload).encode()
+
+
+def hop_message(rng):
+    """Any message of a circuit relay's hop protocol, sensible or not."""
+    place = Reservation(
+        expires=number(rng),
+        addrs=tuple(Multiaddr.parse(multiaddr_text(rng)) for _ in range(rng.choice((0, 1, 3, 20)))),
+        voucher=blob(rng),
+    )
+    return HopMessage(
+        type=rng.choice(list(HopType)),
+        peer=rng.choice((None, *(key.peer_id for key in KEYS))),
+        reservation=rng.choice((None, place)),
+        limit=rng.choice((None, Limit(duration_s=number(rng, 32), data_bytes=number(rng)))),
+        status=rng.choice((None, *Status)),
+    ).encode()
+
+
+def stop_message(rng):
+    """The same of the stop protocol."""
+    return StopMessage(
+        type=rng.choice(list(StopType)),
+        peer=rng.choice((None, *(key.peer_id for key in KEYS))),
+        limit=rng.choice((None, Limit(duration_s=number(rng, 32), data_bytes=number(rng)))),
+        status=rng.choice((None, *Status)),
+    ).encode()
 
 
 # -- ours --

@@ -21,6 +21,7 @@ from swarmnode.protocol.manifest import Manifest
 from swarmnode.protocol.multiaddr import Multiaddr
 from swarmnode.protocol.multistream import Dialer, Responder
 from swarmnode.protocol.noise import FrameReader
+from swarmnode.protocol.relay import HopMessage, StopMessage
 from swarmnode.protocol.sampling import SamplingParams
 from swarmnode.protocol.wire import Catalogue
 from swarmnode.routing.announce import MAX_BYTES, Announcement, ModelListing
@@ -334,6 +335,16 @@ def run_invite(data):
     assert Invite.parse(str(invite)) == invite
 
 
+def run_hop(data):
+    message = HopMessage.decode(data)
+    assert HopMessage.decode(message.encode()) == message
+
+
+def run_stop(data):
+    message = StopMessage.decode(data)
+    assert StopMessage.decode(message.encode()) == message
+
+
 STATELESS = (
     Target("uvarint", seeds.uvarint, run_uvarint),
     Target("protobuf", seeds.protobuf_message, run_protobuf, weight=2),
@@ -341,6 +352,8 @@ STATELESS = (
     Target("multistream-dialer", seeds.multistream_dialog, run_multistream_dialer),
     Target("multistream-responder", seeds.multistream_dialog, run_multistream_responder),
     Target("identify", seeds.identify, run_identify),
+    Target("relay-hop", seeds.hop_message, run_hop),
+    Target("relay-stop", seeds.stop_message, run_stop),
     Target("envelope", seeds.envelope, run_envelope),
     Target("public-key", seeds.public_key, run_public_key),
     Target("peer-id", seeds.peer_id, run_peer_id),
