@@ -124,6 +124,7 @@ class Host:
         self._listeners: list[Listener] = []
         self._addrs: tuple[Multiaddr, ...] = ()
         self._addrs_until = 0.0
+        self._advertised: dict[str, tuple[Multiaddr, ...]] = {}
         self._tasks = Supervisor("host")
         self._journal = Journal(self.clock)
         self._handlers = Handlers(
@@ -192,19 +193,32 @@ class Host:
             raise ConfigError(f"cannot listen on {address}: use /ip4/<ip>/tcp/<port> or /ip6/<ip>/tcp/<port>")
         listener = await transport.listen(address, self._wires.accept)
         self._listeners.append(listener)
-        self._addrs_until = 0.0
-        self._basics.changed()
+        self.readdress()
         return listener.address
 
     @property
     def listen_addrs(self) -> tuple[Multiaddr, ...]:
-        """Addresses others can dial, wildcards expanded, each ending in our /p2p/<id>."""
+        """Addresses others can dial, each ending in our /p2p/<id>: those advertised, then wildcards expanded,
+        relayed ones last."""
         now = self.clock.now()
         if now >= self._addrs_until:  # asking the kernel for its routes is not for every message
-            found = [real for listener in self._listeners for real in expand(listener.address)]
+            found = [addr for addrs in self._advertised.values() for addr in addrs]
+            found += [real for listener in self._listeners for real in expand(listener.address)]
+            found.sort(key=lambda addr: addr.is_relayed)
             self._addrs = tuple(dict.fromkeys(address.with_peer(self.peer_id) for address in found))
             self._addrs_until = now + ADDRS_FOR_S
         return self._addrs
+
+    def advertise(self, source: str, addrs: Sequence[Multiaddr]) -> None:
+        """Announce these addresses besides those we listen on, such as a router's; they replace the former."""
+        if self._advertised.get(source, ()) != tuple(addrs):
+            self._advertised[source] = tuple(addrs)
+            self.readdress()
+
+    def readdress(self) -> None:
+        """Our addresses may be others now: look again, and tell everybody connected."""
+        self._addrs_until = 0.0
+        self._basics.changed()
 
     @property
     def observed_addrs(self) -> tuple[Multiaddr, ...]:

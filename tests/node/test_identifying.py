@@ -198,3 +198,21 @@ async def test_an_observed_address_that_means_us_to_nobody_is_left_out(address):
         await one.disconnect(two.peer_id)
         await connected(one, two)
         assert one.observed_addrs == (ELSEWHERE,)
+
+
+async def test_advertised_addresses_are_announced_and_taken_back():
+    async with hosts("memory", 2) as (one, two):
+        await two.connect(one.peer_id)
+        mapped, relayed = (
+            Multiaddr.parse("/ip4/198.51.100.7/tcp/4001"),
+            Multiaddr.parse(f"/p2p/{two.peer_id}/p2p-circuit"),
+        )
+        one.advertise("relay", [relayed])
+        one.advertise("router", [mapped])
+        own = one.listen_addrs[1].without_peer()
+        assert [addr.without_peer() for addr in one.listen_addrs] == [mapped, own, relayed]
+        await asyncio.sleep(1)
+        assert set(two.book.get(one.peer_id).certified) == {mapped, own, relayed}
+        one.advertise("router", [])
+        await asyncio.sleep(1)
+        assert set(two.book.get(one.peer_id).certified) == {own, relayed}
