@@ -3,6 +3,7 @@
     system                            everything of this node
     transient                         not known yet: whose (connections), what for (streams)
     address, subnet                   where accepted connections come from
+    relay                             the relay that accepted connections come through, instead of address and subnet
     peer, peer-transient              one proven identity; its streams without a protocol
     protocol, protocol-peer           one protocol; one peer's streams of it
     allowed, allowed-transient        trusted peers' own room, used when the room above is taken
@@ -31,6 +32,8 @@ class Resource(StrEnum):
     STREAMS_IN = "streams-in"
     STREAMS_OUT = "streams-out"
     MEMORY = "memory"
+    RESERVATIONS = "reservations"
+    CIRCUITS = "circuits"
 
 
 class Kind(StrEnum):
@@ -40,6 +43,7 @@ class Kind(StrEnum):
     TRANSIENT = "transient"
     ADDRESS = "address"
     SUBNET = "subnet"
+    RELAY = "relay"
     PEER = "peer"
     PEER_TRANSIENT = "peer-transient"
     PROTOCOL = "protocol"
