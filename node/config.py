@@ -78,6 +78,9 @@ class NodeConfig:
             values = getattr(self, name)
             if isinstance(values, str):
                 raise ConfigError(f"{name} is the text {values!r}: use a list of texts")
+        for name in ("data_dir", "cache_dir", "state_dir", "trace_dir"):
+            if isinstance(folder := getattr(self, name), str):  # untyped programs say it in text
+                object.__setattr__(self, name, Path(folder))
         AllowList(self.allow)
         for value in self.listen:
             Multiaddr.parse(value)

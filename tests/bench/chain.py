@@ -61,22 +61,23 @@ async def step_times(address: str, folder: Path, cache: Path) -> list[float]:
             return times[WARM:]
 
 
-def bare_times(folder: Path, cache: Path) -> list[float]:
+def bare_times(folder: Path, cache: Path, dtype_name: str = "bf16") -> list[float]:
     """Seconds of the same steps on the blocks alone."""
     import torch
-    from swarmnode.kernels.engine import load_span
+    from swarmnode.kernels.engine import DTYPES, load_span
     from swarmnode.kernels.kvcache import KVPool
     from swarmnode.kernels.loading.checkpoint import open_checkpoint
     from swarmnode.kernels.span import Piece
     from swarmnode.protocol.tensors import Codec
 
     checkpoint = open_checkpoint(str(folder), cache_dir=cache)
-    span = load_span(checkpoint, 0, BLOCKS, dtype=torch.bfloat16)
-    lane = KVPool(1 << 28, checkpoint.config, 0, BLOCKS, torch.bfloat16).open_lane()
+    dtype = DTYPES[dtype_name]
+    span = load_span(checkpoint, 0, BLOCKS, dtype=dtype)
+    lane = KVPool(1 << 28, checkpoint.config, 0, BLOCKS, dtype).open_lane()
     times = []
     with torch.inference_mode():
         for position in range(PREFIX + STEPS):
-            row = torch.randn(1, 1024).bfloat16()
+            row = torch.randn(1, 1024).to(dtype)
             lane.reserve(position + 1)
             began = time.perf_counter()
             span.run(row, [Piece(lane, position, 1, frozenset(), Codec.BF16)], 0, BLOCKS)

@@ -13,6 +13,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lab.spaces import Space
 
 READY_S = 90
 
@@ -36,10 +40,15 @@ def environment(home: Path, cache: Path, threads: int = 1) -> dict[str, str]:
 
 
 class Process:
-    """One running `swarmnode` command. Its stderr goes to a file, so that it can never wait for us to read."""
+    """One running `swarmnode` command, in a network namespace if one is given.
 
-    def __init__(self, arguments: list[str], env: dict[str, str]) -> None:
+    Its stderr goes to a file, so that it can never wait for us to read.
+    """
+
+    def __init__(self, arguments: list[str], env: dict[str, str], space: Space | None = None) -> None:
         command = [sys.executable, "-P", "-m", "swarmnode.cli", *arguments]
+        if space is not None:
+            command = space.command(command)
         self._stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115 - lives as long as the process
         self.child = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=self._stderr, text=True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import FrozenInstanceError
+from pathlib import Path
 
 import pytest
 from swarmnode.node.config import DEFAULT_LISTEN, MAX_NAME, NodeConfig
@@ -47,3 +48,7 @@ def test_defaults_and_parsed_addresses():
 def test_a_wrong_setting_is_named(settings, problem):
     with pytest.raises(ConfigError, match=problem):
         NodeConfig(**settings)
+
+
+def test_folders_may_be_given_as_text():
+    assert NodeConfig(state_dir="state", cache_dir="cache").state_dir == Path("state")
