@@ -63,8 +63,8 @@ class Process:
         """Wait for the READY line; returns the address it names."""
         line = self.line()
         if not line.startswith("READY "):
-            self.kill()
-            raise AssertionError(f"no READY line: {line!r} {self.stderr()}")
+            self.child.kill()
+            raise AssertionError(f"no READY line: {line!r} {self.finish()[2]}")
         return line.split()[1]
 
     def stderr(self) -> str:
