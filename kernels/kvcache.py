@@ -363,13 +363,22 @@ class LaneCache:
         It is promised as much as this one. Raises ServerBusy when there is no room for that.
         """
         other = self._pool.open_lane(self.start, self.end, max_length=self.max_length)
-        for mine, theirs in zip(self.blocks, other.blocks, strict=True):
-            theirs.base, theirs.pages = mine.base, mine.pages[: (tile_ceil(self.length) - mine.base) // TILE]
-            for page in theirs.pages:
-                page.holders.append(other)
-        self._ready = min(self._ready, self.length)
-        other.length = other._ready = self.length
+        other.copy(self)
         return other
+
+    def copy(self, origin: LaneCache) -> None:
+        """Become what `origin` is, an equal lane of this pool, sharing all its pages until one of the two writes."""
+        if (origin.start, origin.end, origin.max_length) != (self.start, self.end, self.max_length):
+            raise LocalProtocolError("a lane can only copy one over the same blocks and of the same length")
+        if origin is self:
+            return
+        self.reset()
+        for mine, theirs in zip(self.blocks, origin.blocks, strict=True):
+            mine.base, mine.pages = theirs.base, theirs.pages[: (tile_ceil(origin.length) - theirs.base) // TILE]
+            for page in mine.pages:
+                page.holders.append(self)
+        origin._ready = min(origin._ready, origin.length)
+        self.length = self._ready = origin.length
 
     def free(self) -> None:
         """Give everything back. Safe to call twice."""

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 import numpy as np
@@ -22,7 +23,7 @@ from ...kernels.head import Embedding, Head
 from ...kernels.kvcache import KVPool, LaneCache, NeedReplay
 from ...kernels.sampling import sample
 from ...kernels.span import Piece, Span
-from ...protocol.errors import RemoteProtocolError, SwarmError
+from ...protocol.errors import LocalProtocolError, RemoteProtocolError, SwarmError
 from ...protocol.messages import Kind, Open, Output, Want
 from ...protocol.sampling import SamplingParams
 from ...protocol.session import Job
@@ -65,6 +66,13 @@ class _Work:
     outcome: Outcome | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class _Move:
+    """Something to do with a seat's caches between jobs."""
+
+    run: Callable[[], None]
+
+
 class Worker:
     """Owns the thread. All methods are called from the event loop, except those starting with `_run`."""
 
@@ -77,7 +85,7 @@ class Worker:
         self.head = head
         self.timings = timings
         self._loop = asyncio.get_running_loop()
-        self._scheduler: Scheduler[_Work] = Scheduler()
+        self._scheduler: Scheduler[_Work | _Move] = Scheduler()
         self._condition = threading.Condition()
         self._to_free: list[LaneCache] = []
         self._stopping = False
@@ -117,10 +125,37 @@ class Worker:
 
     def submit(self, seat: Seat, job: Job, done: Callable[[Outcome], None]) -> None:
         """Queue a job; `done` is called on the loop with its outcome, unless the seat was released meanwhile."""
-        item = Item((id(seat), job.lane), (seat.start, seat.end), job.count, _Work(seat, job, done), seat.user)
+        work: _Work | _Move = _Work(seat, job, done)
+        item = Item((id(seat), job.lane), (seat.start, seat.end), job.count, work, seat.user)
         with self._condition:
             self._scheduler.add(item)
             self._condition.notify()
+
+    def fork(self, seat: Seat, source: int, target: int) -> None:
+        """Make lane `target` what the jobs submitted so far make of lane `source`; those submitted later go after it.
+
+        What `target` held is forgotten. Pages are shared until one of the two writes, so it takes no time and, for what
+        they have in common, no memory. Raises LocalProtocolError for lanes the seat has not.
+        """
+        if source == target:
+            return
+        copy = partial(_cache(seat, target).copy, _cache(seat, source))
+        self._move(seat, (source, target), copy)
+
+    def drop(self, seat: Seat, lane: int) -> None:
+        """Empty a lane once the jobs submitted so far are done and give its memory back.
+
+        The lane stays promised: it can be fed from position 0 or forked into again.
+        """
+        self._move(seat, (lane, None), _cache(seat, lane).reset)
+
+    def _move(self, seat: Seat, lanes: tuple[int, int | None], run: Callable[[], None]) -> None:
+        first, second = ((None if lane is None else (id(seat), lane)) for lane in lanes)
+        work: _Work | _Move = _Move(run)
+        with self._condition:
+            if not seat.closed:
+                self._scheduler.add(Item(first, (seat.start, seat.end), 0, work, seat.user, second))
+                self._condition.notify()
 
     def release(self, seat: Seat) -> None:
         """The session has ended: drop its jobs and give its memory back. Safe to call twice."""
@@ -143,9 +178,13 @@ class Worker:
     def _run(self) -> None:
         with torch.inference_mode():
             while (batch := self._run_wait()) is not None:
-                self._run_batch([item.work for item in batch])
+                for item in batch:
+                    if isinstance(item.work, _Move):
+                        item.work.run()
+                if work := [item.work for item in batch if isinstance(item.work, _Work)]:
+                    self._run_batch(work)
 
-    def _run_wait(self) -> list[Item[_Work]] | None:
+    def _run_wait(self) -> list[Item[_Work | _Move]] | None:
         """Block until there is something to do; None when the thread is to end."""
         with self._condition:
             while not self._stopping:
@@ -239,6 +278,12 @@ class Worker:
             return Outcome(logits.float().numpy().tobytes())
         token, logprob = sample(logits[-1], seat.sampling, (), job.position + job.count)
         return Outcome(token=token, logprob=min(0.0, logprob))
+
+
+def _cache(seat: Seat, lane: int) -> LaneCache:
+    if not 0 <= lane < len(seat.caches):
+        raise LocalProtocolError(f"lane {lane} of a seat with {len(seat.caches)}")
+    return seat.caches[lane]
 
 
 def _deliver(work: _Work, outcome: Outcome) -> None:

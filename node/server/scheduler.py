@@ -3,7 +3,8 @@
 Decode steps go first and together: one pass over the weights serves all of them, and each has a person waiting.
 Prefill chunks never starve: after MAX_DECODE_TURNS batches of decode steps one chunk has its turn, and the decode steps
 that wait ride along in its pass. Items of one lane keep their order. Only items of one group (same blocks) can share a
-batch.
+batch. An item without rows is a move: it costs nothing, may stand in the queues of two lanes, and goes by itself once
+it heads both.
 
 Fair between users: everyone has a count of the rows run for them, and whoever has the lowest is served first, however
 many sessions the others open. Who comes (back) starts at the lowest count of those who wait: idleness saves up nothing.
@@ -25,7 +26,7 @@ MAX_DECODE_TURNS: Final = 4
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Item(Generic[T]):
     """Rows to run for one lane."""
 
@@ -37,6 +38,13 @@ class Item(Generic[T]):
     work: T
     user: Hashable = None
     """Who asked for it: users are served evenly."""
+    also: Hashable = None
+    """A second lane it keeps its place in: a move from one to the other."""
+
+    @property
+    def lanes(self) -> tuple[Hashable, ...]:
+        """The lanes in whose order it stands."""
+        return (self.lane,) if self.also is None else (self.lane, self.also)
 
 
 class Scheduler(Generic[T]):
@@ -51,11 +59,12 @@ class Scheduler(Generic[T]):
         """Rows waiting."""
 
     def __len__(self) -> int:
-        return sum(map(len, self._lanes.values()))
+        return sum(self._waiting.values())
 
     def add(self, item: Item[T]) -> None:
         """Queue an item behind its lane's others."""
-        self._lanes.setdefault(item.lane, deque()).append(item)
+        for lane in item.lanes:
+            self._lanes.setdefault(lane, deque()).append(item)
         self.rows += item.rows
         if item.user not in self._waiting:
             self._served[item.user] = min(self._served.values(), default=0)
@@ -63,14 +72,22 @@ class Scheduler(Generic[T]):
 
     def remove(self, lane: Hashable) -> list[Item[T]]:
         """Take a lane's items out: its session has ended."""
-        items = list(self._lanes.pop(lane, ()))
+        items = list(self._lanes.get(lane, ()))
         for item in items:
+            for each in item.lanes:
+                self._lanes[each].remove(item)
+                if not self._lanes[each]:
+                    del self._lanes[each]
             self._forget(item)
         return items
 
     def next_batch(self) -> list[Item[T]]:
         """Take the items to run now; empty when nothing waits."""
-        heads = self._by_turn([queue[0] for queue in self._lanes.values()])
+        firsts = [queue[0] for queue in self._lanes.values()]
+        for first in firsts:
+            if not first.rows and all(self._lanes[lane][0] is first for lane in first.lanes):
+                return self._take([first])
+        heads = self._by_turn([first for first in firsts if first.rows])
         decode = [head for head in heads if head.rows <= DECODE_ROWS]
         prefill = [head for head in heads if head.rows > DECODE_ROWS]
         if decode and (not prefill or self._decode_turns < MAX_DECODE_TURNS):
@@ -92,12 +109,13 @@ class Scheduler(Generic[T]):
 
     def _take(self, batch: list[Item[T]]) -> list[Item[T]]:
         for item in batch:
-            queue = self._lanes[item.lane]
-            queue.popleft()
-            if queue:
-                self._lanes.move_to_end(item.lane)
-            else:
-                del self._lanes[item.lane]
+            for lane in item.lanes:
+                queue = self._lanes[lane]
+                queue.popleft()
+                if queue:
+                    self._lanes.move_to_end(lane)
+                else:
+                    del self._lanes[lane]
             self._served[item.user] += item.rows
             self._forget(item)
         return batch

@@ -5,8 +5,8 @@ from hypothesis import strategies as st
 from swarmnode.node.server.scheduler import BATCH_ROWS, DECODE_ROWS, MAX_DECODE_TURNS, Item, Scheduler
 
 
-def item(lane, work, rows=1, group=(0, 9), user=None):
-    return Item(lane, group, rows, work, user)
+def item(lane, work, rows=1, group=(0, 9), user=None, also=None):
+    return Item(lane, group, rows, work, user, also)
 
 
 def test_decode_steps_of_many_lanes_share_a_batch():
@@ -113,6 +113,44 @@ def test_every_item_runs_once_and_in_its_lanes_order(entries, removals):
         for i in batch:
             assert model[i.lane].pop(0) == i.work
         assert len(scheduler) == sum(map(len, model.values()))
+    assert not any(model.values())
+    assert (scheduler.rows, scheduler._served, scheduler._waiting) == (0, {}, {})
+
+
+def test_a_move_waits_for_both_lanes_and_goes_alone():
+    scheduler = Scheduler()
+    for lane in ("from", "to", "other"):
+        scheduler.add(item(lane, f"{lane} 1"))
+    scheduler.add(item("from", "move", rows=0, also="to"))
+    scheduler.add(item("from", "from 2"))
+    scheduler.add(item("to", "to 2"))
+    batches = []
+    while batch := scheduler.next_batch():
+        batches.append([i.work for i in batch])
+    assert batches == [["from 1", "to 1", "other 1"], ["move"], ["from 2", "to 2"]]
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3), st.sampled_from([0, 0, 1, 30])), max_size=40),
+    st.lists(st.integers(0, 3), max_size=2),
+)
+def test_moves_keep_their_place_in_both_lanes(entries, removals):
+    """Whatever is added and removed: nothing waits for ever, and in each lane everything runs in its order."""
+    scheduler, model = Scheduler(), {lane: [] for lane in range(4)}
+    for number, (lane, also, rows) in enumerate(entries):
+        also = also if rows == 0 and also != lane else None
+        scheduler.add(item(lane, number, rows, also=also))
+        for each in {lane, also} - {None}:
+            model[each].append(number)
+    for lane in removals:
+        gone = [i.work for i in scheduler.remove(lane)]
+        assert gone == model[lane]
+        model = {lane: [number for number in numbers if number not in gone] for lane, numbers in model.items()}
+    while batch := scheduler.next_batch():
+        assert len(batch) == 1 or all(i.rows for i in batch)
+        for i in batch:
+            assert all(model[lane].pop(0) == i.work for lane in i.lanes)
+        assert len(scheduler) == len({number for numbers in model.values() for number in numbers})
     assert not any(model.values())
     assert (scheduler.rows, scheduler._served, scheduler._waiting) == (0, {}, {})
 
