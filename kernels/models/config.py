@@ -10,12 +10,30 @@ is bounded before anything is allocated.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from ...protocol.errors import CorruptCheckpoint, UnsupportedModel
+from .bounds import (
+    MAX_BLOCKS,
+    MAX_EOS,
+    MAX_HEAD_DIM,
+    MAX_HEADS,
+    MAX_HIDDEN,
+    MAX_INTERMEDIATE,
+    MAX_JSON_BYTES,
+    MAX_POSITIONS,
+    MAX_VOCAB,
+    as_mapping,
+    check_choice,
+    check_int,
+    check_range,
+)
+from .canonical import plain, typed
+from .components import ExpertsConfig, ForeignConfig, RopeConfig
+
+__all__ = ["ACTIVATIONS", "FAMILIES", "ExpertsConfig", "ForeignConfig", "ModelConfig", "RopeConfig"]
 
 FAMILIES: Final = (
     "llama",
@@ -32,13 +50,12 @@ FAMILIES: Final = (
     "gpt_oss",
     "stablelm",
     "starcoder2",
+    "hf",
 )
-"""Names of families, for people and for file formats; what a block computes is in the other fields."""
-ROPE_KINDS: Final = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+"""Names of families, for people and file formats; what a block computes is in the other fields. hf: see `foreign`."""
 NORMS: Final = ("rms", "layer")
 RESIDUALS: Final = ("sequential", "parallel", "shared")
 ALIBIS: Final = ("none", "bloom", "falcon")
-ROUTERS: Final = ("softmax", "chosen")
 ACTIVATIONS: Final = {
     "silu": "silu",
     "swish": "silu",
@@ -48,113 +65,6 @@ ACTIVATIONS: Final = {
     "gelu": "gelu",
 }
 """Activation names in checkpoints -> ours."""
-
-# Bounds on what a config may ask for: far above any model of these families, far below what hurts a host.
-MAX_BLOCKS: Final = 1_024
-MAX_HIDDEN: Final = 65_536
-MAX_INTERMEDIATE: Final = 524_288
-MAX_VOCAB: Final = 2_097_152
-MAX_HEADS: Final = 1_024
-MAX_HEAD_DIM: Final = 1_024
-MAX_EXPERTS: Final = 1_024
-MAX_POSITIONS: Final = 33_554_432
-MAX_EOS: Final = 64
-MAX_JSON_BYTES: Final = 64 * 1024
-
-
-LATER: Final = frozenset(
-    [
-        "alibi",
-        "embed_norm",
-        "experts",
-        "factors",
-        "gated",
-        "norm",
-        "residual",
-        "rotary_dim",
-        "score_softcap",
-        "sinks",
-        "swiglu_alpha",
-        "swiglu_limit",
-    ]
-)
-"""Fields that the first models' configs did not have; every field added from now on belongs here, with a default."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RopeConfig:
-    """Rotary position embedding: base frequency and how it is stretched to longer contexts."""
-
-    theta: float
-    """Base of the geometric series of wavelengths."""
-    kind: str = "default"
-    """One of ROPE_KINDS."""
-    factor: float = 1.0
-    """How many times longer than the pretrained context."""
-    original_positions: int = 0
-    """Pretrained context (yarn, llama3, dynamic); 0 where the kind has no use for it."""
-    low_freq_factor: float = 1.0
-    """llama3: wavelengths longer than original_positions / this are stretched in full."""
-    high_freq_factor: float = 4.0
-    """llama3: wavelengths shorter than original_positions / this are left alone."""
-    beta_fast: float = 32.0
-    """yarn: rotations above which a dimension is left alone."""
-    beta_slow: float = 1.0
-    """yarn: rotations below which a dimension is stretched in full."""
-    truncate: bool = True
-    """yarn: round the two borders to whole dimensions."""
-    attention_factor: float = 1.0
-    """cos and sin are multiplied by this."""
-    factors: tuple[float, ...] = ()
-    """longrope: what the wavelength of each pair is multiplied by."""
-
-    def __post_init__(self) -> None:
-        if self.kind not in ROPE_KINDS:
-            raise UnsupportedModel(f"rope scaling {self.kind!r} is not supported: {', '.join(ROPE_KINDS)} are")
-        check_range("rope theta", self.theta, 1.0, 1e12)
-        check_range("rope factor", self.factor, 1e-3, 1e6)
-        check_range("rope attention_factor", self.attention_factor, 1e-3, 1e3)
-        if self.kind in ("yarn", "llama3", "dynamic"):
-            check_range("rope original_positions", self.original_positions, 1, MAX_POSITIONS)
-        if self.kind == "llama3" and not 0 < self.low_freq_factor < self.high_freq_factor:
-            raise CorruptCheckpoint("rope low_freq_factor must be positive and below high_freq_factor")
-        if self.kind == "yarn" and not 0 < self.beta_slow <= self.beta_fast:
-            raise CorruptCheckpoint("rope beta_slow must be positive and not above beta_fast")
-        if len(self.factors) > MAX_HEAD_DIM or (self.kind == "longrope") != bool(self.factors):
-            raise CorruptCheckpoint(f"rope scaling {self.kind!r} with {len(self.factors)} factors")
-        for factor in self.factors:
-            check_range("rope factors", factor, 1e-6, 1e6)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExpertsConfig:
-    """A mixture of experts in place of the MLP."""
-
-    count: int
-    """Experts of a block."""
-    active: int
-    """Experts a token goes through."""
-    intermediate_size: int
-    """Width inside one expert."""
-    router: str = "softmax"
-    """softmax: weights are the chosen experts' shares of all; chosen: a softmax over the chosen ones' scores alone."""
-    normalize: bool = True
-    """softmax router: the chosen experts' weights are scaled up to a sum of 1."""
-    shared_size: int = 0
-    """Width inside the expert that every token goes through, behind a gate of its own; 0 where there is none."""
-    bias: bool = False
-    """Biases on the router and on the experts' matrices."""
-    dense_blocks: tuple[int, ...] = ()
-    """Blocks that have a plain gated MLP instead."""
-
-    def __post_init__(self) -> None:
-        check_int("experts", self.count, 1, MAX_EXPERTS)
-        check_int("active experts", self.active, 1, self.count)
-        check_int("expert intermediate_size", self.intermediate_size, 1, MAX_INTERMEDIATE)
-        check_int("shared expert size", self.shared_size, 0, MAX_INTERMEDIATE)
-        check_choice("router", self.router, ROUTERS)
-        if len(self.dense_blocks) > MAX_BLOCKS:
-            raise CorruptCheckpoint(f"{len(self.dense_blocks)} dense blocks: at most {MAX_BLOCKS} are allowed")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -234,6 +144,8 @@ class ModelConfig:
     """Logits become cap * tanh(logits / cap)."""
     tied_head: bool = False
     """The LM head is the embedding matrix."""
+    foreign: ForeignConfig | None = None
+    """Blocks, embedding and head are transformers' own (kernels/fallback.py)."""
     bos_token_id: int | None = None
     """Token that starts a text, if the model has one."""
     eos_token_ids: tuple[int, ...] = ()
@@ -277,6 +189,8 @@ class ModelConfig:
             raise UnsupportedModel("norms after attention in a parallel block are not supported")
         if self.norm == "layer" and (self.norm_offset or self.qk_norm):
             raise UnsupportedModel("layer norms with an offset or on heads are not supported")
+        if (self.foreign is not None) != (self.family == "hf"):
+            raise CorruptCheckpoint("a model of family 'hf' has the settings of transformers, and no other has")
         if self.experts is not None and not self.gated:
             raise UnsupportedModel("experts without a gate are not supported")
 
@@ -339,7 +253,7 @@ class ModelConfig:
 
         It is hashed into the model's identity, so what a later version added is left out where it does not apply.
         """
-        return json.dumps(_plain(self), sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+        return json.dumps(plain(self), sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
     @classmethod
     def from_json(cls, data: bytes) -> ModelConfig:
@@ -350,7 +264,7 @@ class ModelConfig:
             values = json.loads(data)
         except (ValueError, RecursionError) as exc:
             raise CorruptCheckpoint(f"model config is not JSON: {exc}") from exc
-        values = _typed(cls, as_mapping(values, "model config"))
+        values = typed(cls, as_mapping(values, "model config"))
         return cls(**values)
 
     @classmethod
@@ -359,78 +273,3 @@ class ModelConfig:
         from .huggingface import read_config  # it builds a ModelConfig, so it imports this module
 
         return read_config(mapping)
-
-
-def _typed(
-    cls: type[ModelConfig] | type[RopeConfig] | type[ExpertsConfig], values: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Check JSON values against the dataclass: known names only, and the JSON type of each field."""
-    names = {item.name for item in fields(cls)}
-    if unknown := set(values) - names:
-        raise CorruptCheckpoint(f"model config has unknown fields: {', '.join(sorted(map(str, unknown)))[:200]}")
-    if missing := {item.name for item in fields(cls) if item.name not in values and item.default is MISSING}:
-        raise CorruptCheckpoint(f"model config lacks {', '.join(sorted(missing))}")
-    return {
-        item.name: _field(item.name, str(item.type), values[item.name]) for item in fields(cls) if item.name in values
-    }
-
-
-def _plain(config: ModelConfig | RopeConfig | ExpertsConfig) -> dict[str, object]:
-    """The fields as JSON values, without those of LATER that are at their defaults."""
-    found: dict[str, object] = {}
-    for item in fields(config):
-        value = getattr(config, item.name)
-        if item.name in LATER and value == item.default:
-            continue
-        found[item.name] = _plain(value) if isinstance(value, RopeConfig | ExpertsConfig) else value
-    return found
-
-
-def _field(name: str, kind: str, value: Any) -> Any:
-    if value is None and kind.endswith("| None"):
-        return None
-    match kind.removesuffix(" | None"):
-        case "str" if isinstance(value, str):
-            return value
-        case "bool" if isinstance(value, bool):
-            return value
-        case "int" if isinstance(value, int) and not isinstance(value, bool):
-            return value
-        case "float" if _is_number(value):
-            return float(value)
-        case "RopeConfig":
-            return RopeConfig(**_typed(RopeConfig, as_mapping(value, name)))
-        case "ExpertsConfig":
-            return ExpertsConfig(**_typed(ExpertsConfig, as_mapping(value, name)))
-        case "tuple[float, ...]" if isinstance(value, list) and all(_is_number(item) for item in value):
-            return tuple(float(item) for item in value)
-        case "tuple[bool, ...]" if isinstance(value, list) and all(isinstance(item, bool) for item in value):
-            return tuple(value)
-        case "tuple[int, ...]" if isinstance(value, list) and all(type(item) is int for item in value):
-            return tuple(value)
-    raise CorruptCheckpoint(f"model config: {name} is {value!r:.60}, expected {kind}")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def as_mapping(value: Any, name: str) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
-        raise CorruptCheckpoint(f"{name} is not a mapping")
-    return value
-
-
-def check_int(name: str, value: int, low: int, high: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise CorruptCheckpoint(f"model config: {name} is {value!r}, expected {low} to {high}")
-
-
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise UnsupportedModel(f"{name} {value!r} is not supported: {', '.join(choices)} are")
-
-
-def check_range(name: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:
-        raise CorruptCheckpoint(f"model config: {name} is {value!r}, expected {low:g} to {high:g}")

@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from ...protocol.errors import UnsupportedModel
-from .config import MAX_BLOCKS, MAX_HEADS, ExpertsConfig, ModelConfig, RopeConfig, check_int
+from .bounds import MAX_BLOCKS, MAX_HEADS, check_int
+from .config import ExpertsConfig, ModelConfig, RopeConfig
 from .layernormed import read_bloom, read_falcon, read_neox, read_stablelm, read_starcoder2
 from .reader import Reader, optional_mapping, positive
 from .ropes import read_rope, rope_values, rotary_share

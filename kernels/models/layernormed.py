@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from ...protocol.errors import UnsupportedModel
-from .config import MAX_BLOCKS, MAX_HEADS, ModelConfig, RopeConfig, check_int
+from .bounds import MAX_BLOCKS, MAX_HEADS, check_int
+from .config import ModelConfig, RopeConfig
 from .reader import Reader
 from .ropes import read_rope, rope_values, rotary_share
 

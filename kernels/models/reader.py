@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...protocol.errors import CorruptCheckpoint, UnsupportedModel
-from .config import ACTIVATIONS, as_mapping
+from .bounds import as_mapping
+from .config import ACTIVATIONS
 
 
 class Reader:

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...protocol.errors import CorruptCheckpoint, UnsupportedModel
-from .config import ROPE_KINDS, RopeConfig, as_mapping
+from .bounds import as_mapping
+from .components import ROPE_KINDS, RopeConfig
 from .reader import Reader, optional_mapping
 
 

@@ -5,15 +5,9 @@ import math
 from dataclasses import replace
 
 import pytest
-from swarmnode.kernels.models.config import (
-    LATER,
-    MAX_BLOCKS,
-    MAX_EOS,
-    MAX_EXPERTS,
-    MAX_JSON_BYTES,
-    ExpertsConfig,
-    ModelConfig,
-)
+from swarmnode.kernels.models.bounds import MAX_BLOCKS, MAX_EOS, MAX_EXPERTS, MAX_JSON_BYTES
+from swarmnode.kernels.models.canonical import LATER
+from swarmnode.kernels.models.config import ExpertsConfig, ModelConfig
 from swarmnode.protocol.errors import CorruptCheckpoint, UnsupportedModel
 
 LLAMA = {
