@@ -1,4 +1,4 @@
-"""A swarm over an emulated wide-area network: what of a token's time is the network's, the blocks', and ours. Needs root.
+"""A swarm over an emulated wide-area network: the network's share of a token, the blocks', and ours. Needs root.
 
     python tests/bench/wan.py [--rtt 4 100] [--rate 100] [part ...]
 
@@ -7,8 +7,8 @@ Parts: steps (a small Llama over 3 servers, against the sum of hops and blocks, 
 270M, against llama.cpp RPC), speculation, prefill (1,024 tokens in chunks and in one piece), tail (bytes at the client
 by who samples), clients (eight on one chain).
 
-The bound of a step is half a measured round trip per hop, the frames' bytes over the rate, and the same blocks timed
-bare in this run. The rivals' figures were recorded earlier on links and a machine of this kind.
+The bound of a step is half a measured round trip per hop, the frames' bytes over the rate, and the same blocks (and
+head) timed bare in this run. The rivals' figures were recorded earlier on links and a machine of this kind.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 
 from chain import BLOCKS, bare_times, make_model
+from decode import engine_rate
 from helpers.processes import Process, environment
 from lab.spaces import Lab, Unavailable
 
@@ -40,7 +41,9 @@ PETALS_STEPS = 3.7
 """Petals with pushes, 3 servers, 100 ms, 100 Mbit/s, a model of this shape."""
 LLAMA_CPP = {"one side local": 4.85, "both remote": 3.2}
 """llama.cpp RPC, Gemma 3 270M, tokens/s over 2 nodes at 100 ms."""
-REPETITIVE = "Count to one hundred: one, two, three, four, five, one, two, three, four, five, one, two, three, four, five,"
+REPETITIVE = (
+    "Count to one hundred: one, two, three, four, five, one, two, three, four, five, one, two, three, four, five,"
+)
 PROSE = "The history of the city begins"
 
 
@@ -111,7 +114,7 @@ class World:
 
     def __init__(self, lab: Lab, rtt_ms: float, rate_mbit: float, home: Path, cache: Path) -> None:
         self._wan = lab.wan(4, delay_ms=rtt_ms / 2, rate_mbit=rate_mbit)
-        self._home, self._cache = home, cache
+        self.home, self.cache = home, cache
         self._env = environment(home / "home", cache)
         self._clients = 0
 
@@ -153,13 +156,13 @@ class World:
     def client(self, job: str, peer: str, *, listen: bool = False, **fields) -> dict:
         """Run a job in the client's namespace."""
         self._clients += 1
-        own = self._home / f"client{self._clients}"
+        own = self.home / f"client{self._clients}"
         space = self._wan.spaces[0]
         config = {
             "listen": [f"/ip4/{space.address}/tcp/0"] if listen else [],
             "peers": [peer],
             "dht_server": listen,
-            "cache_dir": str(self._cache),
+            "cache_dir": str(self.cache),
             "data_dir": str(own),
             "state_dir": str(own),
         }
@@ -176,11 +179,11 @@ class World:
 
 def steps(world: World, rtt_ms: float, rate: float) -> None:
     """A small Llama over three servers, hidden states in and out, fp32 on the wire."""
-    folder = make_model(world._home / f"model{rtt_ms:g}")
+    folder = make_model(world.home / f"model{rtt_ms:g}")
     with world.servers(SMALL_3, str(folder), "fp32") as peer:
         rtt_s = world.rtt_s
         found = world.client("steps", peer, model=str(folder), dtype="fp32", wire="fp32")
-    bare_s = statistics.median(bare_times(folder, world._cache, "fp32"))
+    bare_s = statistics.median(bare_times(folder, world.cache, "fp32"))
     hops = len(SMALL_3) + 1
     wire_s = hops * 4 * HIDDEN * 8 / (rate * 1e6) if rate else 0.0
     bound_s = hops * rtt_s / 2 + wire_s + bare_s
@@ -193,24 +196,31 @@ def steps(world: World, rtt_ms: float, rate: float) -> None:
 
 
 def gemma(world: World, rtt_ms: float, rate: float) -> None:
-    """Two nodes: the client serves half of the blocks itself, or none."""
+    """The real model: the client serves half of the blocks itself, or none; over two servers and over three."""
+    engine_s = 1 / engine_rate(world.cache)
     with world.servers(["9:18"]) as peer:
         rtt_s = world.rtt_s
         found = world.client(
             "generate", peer, listen=True, serve=(0, 9), prompt=PROSE, tokens=TOKENS, wire="auto", local_ends=True
         )
-    _told("one side local", rtt_ms, found, 1 / rtt_s)
+        _told("one side local", rtt_ms, found, rtt_s + engine_s)
     with world.servers(["0:9", "9:18"]) as peer:
-        for who, ends in (("both remote", False), ("both remote, own ends", True)):
+        found = world.client("generate", peer, prompt=PROSE, tokens=TOKENS, wire="auto")
+        _told("both remote", rtt_ms, found, 1.5 * rtt_s + engine_s)
+    with world.servers(SPANS_3) as peer:
+        for who, ends in (("three, thin client", False), ("three, own ends", True)):
             found = world.client("generate", peer, prompt=PROSE, tokens=TOKENS, wire="auto", local_ends=ends)
-            _told(who, rtt_ms, found, 1 / (1.5 * rtt_s))
+            _told(who, rtt_ms, found, 2 * rtt_s + engine_s)
 
 
-def _told(who: str, rtt_ms: float, found: dict, bound: float) -> None:
+def _told(who: str, rtt_ms: float, found: dict, bound_s: float) -> None:
     rate = found["runs"][0]["rate"]
     recorded = LLAMA_CPP.get(who) if rtt_ms >= 100 else None
     rival = f"; llama.cpp RPC {recorded}: {rate / recorded:.2f}x" if recorded else ""
-    print(f"{rtt_ms:4g} ms  gemma3-270m, {who:21} {rate:6.2f} tokens/s, network alone allows {bound:6.1f}{rival}")
+    print(
+        f"{rtt_ms:4g} ms  gemma3-270m, {who:19} {1e3 / rate:7.1f} ms a token, hops + engine {bound_s * 1e3:6.1f} ms: "
+        f"{1 / rate / bound_s:.2f}x   {rate:5.2f} tokens/s{rival}"
+    )
 
 
 def speculation(world: World, rtt_ms: float, rate: float) -> None:
@@ -248,7 +258,10 @@ def prefill(world: World, rtt_ms: float, rate: float) -> None:
             )
             times.setdefault(rows, []).append(found["runs"][0]["first_s"])
     chunked, whole = min(times[128]), min(times[1024])
-    print(f"{rtt_ms:4g} ms  1,024 tokens over 3         {chunked:5.2f} s in chunks, {whole:5.2f} s whole: {whole / chunked:.2f}x")
+    print(
+        f"{rtt_ms:4g} ms  1,024 tokens over 3         {chunked:5.2f} s in chunks, {whole:5.2f} s whole: "
+        f"{whole / chunked:.2f}x"
+    )
 
 
 def tail(world: World, rtt_ms: float, rate: float) -> None:
@@ -265,8 +278,8 @@ def tail(world: World, rtt_ms: float, rate: float) -> None:
     same = "same" if found["client"][1] == found["tail"][1] else "DIFFERENT"
     client, tail_bytes = found["client"][0], found["tail"][0]
     print(
-        f"{rtt_ms:4g} ms  bytes a token at the client  {client:.0f} when it samples, {tail_bytes:.0f} when the tail does: "
-        f"{client / tail_bytes:.1f}x less, {same} tokens"
+        f"{rtt_ms:4g} ms  bytes a token at the client  {client:.0f} when it samples, {tail_bytes:.0f} when the tail "
+        f"does: {client / tail_bytes:.1f}x less, {same} tokens"
     )
 
 
@@ -278,7 +291,10 @@ def clients(world: World, rtt_ms: float, rate: float) -> None:
         )
     alone = one["runs"][0]["rate"]
     total = sum(run["rate"] for run in eight["runs"])
-    print(f"{rtt_ms:4g} ms  8 clients on one chain      {total:6.2f} tokens/s in all, one alone {alone:6.2f}: {total / alone:.1f}x")
+    print(
+        f"{rtt_ms:4g} ms  8 clients on one chain      {total:6.2f} tokens/s in all, one alone {alone:6.2f}: "
+        f"{total / alone:.1f}x"
+    )
 
 
 PARTS = {part.__name__: part for part in (steps, gemma, speculation, prefill, tail, clients)}
