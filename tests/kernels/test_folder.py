@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from swarmnode.kernels.loading import safetensors as module
 from swarmnode.kernels.loading.checkpoint import open_checkpoint
-from swarmnode.kernels.loading.folder import INDEX, FolderCheckpoint
+from swarmnode.kernels.loading.files import INDEX
+from swarmnode.kernels.loading.folder import FolderCheckpoint
 from swarmnode.kernels.loading.safetensors import SafetensorsFile, serialize
 from swarmnode.kernels.loading.shapes import block_shapes
 from swarmnode.kernels.models.config import ModelConfig
