@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
-from swarmnode.protocol import kad, messages, protobuf
+from swarmnode.protocol import kad, messages, protobuf, reachability
 from swarmnode.protocol.connection import Connection
 from swarmnode.protocol.frames import PREFIX, pack, unpack_header, unpack_prefix
 from swarmnode.protocol.ids import PrivateKey
@@ -134,6 +134,15 @@ def test_kad():
     assert b"".join(places) == VECTORS["kad.keys"]
 
 
+def test_autonat():
+    addrs = tuple(map(Multiaddr.parse, ("/ip4/203.0.113.7/tcp/4001", "/ip6/2001:db8::7/tcp/4001")))
+    ok = reachability.DialResponse(reachability.ResponseStatus.OK, 1, reachability.DialStatus.OK)
+    assert reachability.DialRequest(addrs, 0x0123456789ABCDEF).encode() == VECTORS["autonat.request"]
+    assert reachability.DialDataRequest(1, 54321).encode() == VECTORS["autonat.data_request"]
+    assert ok.encode() == VECTORS["autonat.response"]
+    assert reachability.encode_dial_back(0x0123456789ABCDEF) == VECTORS["autonat.dial_back"]
+
+
 def test_manifest():
     tensor = TensorEntry("w", "F32", (2,), 8, sha256(bytes(8)).digest())
     manifest = Manifest(name="tiny", config=b"{}", blocks=((tensor,),), head=(), files=())
@@ -229,6 +238,7 @@ CHECKED = {
     *(f"records.{part}" for part in ("signed", "signature", "tag", "announcement", "listing")),
     *(f"kad.{part}" for part in ("find_node", "entries", "keys")),
     *("manifest.tiny", "manifest.tiny.leaves", "session.sampling"),
+    *(f"autonat.{part}" for part in ("request", "data_request", "response", "dial_back")),
     *("tensors.fp32", "tensors.bf16", "tensors.int8s"),
     *(f"transport.{part}" for part in ("flight1", "flight2", "flight3", "payload2", "keys", "ping")),
 }
