@@ -27,6 +27,7 @@ import torch
 from ..protocol.errors import LocalProtocolError, ServerBusy, SwarmError
 from .attention import TILE, tile_ceil
 from .models.config import ModelConfig
+from .pages import Page, pack, read, slot_width
 
 ROLLBACK: Final = 64
 """Positions behind the window that sliding blocks keep, so that short truncations need no replay."""
@@ -42,24 +43,6 @@ class NeedReplay(SwarmError):
     def __init__(self, position: int, message: str) -> None:
         super().__init__(message)
         self.position = position
-
-
-class Page:
-    """TILE positions of one block, held by one or more lanes."""
-
-    __slots__ = ("holders", "keys", "slots", "values")
-
-    def __init__(self, slots: torch.Tensor, payer: LaneCache) -> None:
-        self.slots = slots
-        """[2, kv_heads, TILE, head_dim]"""
-        self.keys, self.values = slots.unbind(0)
-        self.holders = [payer]
-        """Lanes that read it; the first one pays for it."""
-
-    @property
-    def shared(self) -> bool:
-        """Whether writing into it would change what others read."""
-        return len(self.holders) > 1
 
 
 class KVPool:
@@ -79,6 +62,7 @@ class KVPool:
         self.start = start
         self.end = end
         self.dtype = dtype
+        """What keys and values are stored in; torch.int8: in 8 bits with scales (pages.py)."""
         self.device = torch.device(device)
         self._used = 0
         self._promised = 0
@@ -103,7 +87,7 @@ class KVPool:
     @property
     def slot_bytes(self) -> int:
         """Bytes of one position in one block."""
-        return 2 * self.config.num_kv_heads * self.config.head_dim * self.dtype.itemsize
+        return 2 * self.config.num_kv_heads * slot_width(self.config.head_dim, self.dtype) * self.dtype.itemsize
 
     @property
     def page_bytes(self) -> int:
@@ -187,14 +171,16 @@ class KVPool:
 class BlockCache:
     """One block's pages of one lane."""
 
-    __slots__ = ("base", "pages", "window")
+    __slots__ = ("base", "in_8_bits", "pages", "window")
 
-    def __init__(self, window: int | None) -> None:
+    def __init__(self, window: int | None, *, in_8_bits: bool = False) -> None:
         self.base = 0
         """Position of the first page's first slot."""
         self.window = window
         """Sliding window, None where everything is kept."""
         self.pages: list[Page] = []
+        self.in_8_bits = in_8_bits
+        """Whether rows are packed (pages.py) before they are stored."""
 
     @property
     def capacity(self) -> int:
@@ -213,6 +199,10 @@ class BlockCache:
 
     def write(self, position: int, fresh: torch.Tensor) -> None:
         """Store keys and values [2, kv_heads, rows, head_dim] from `position` on, where room was reserved."""
+        self.store(position, pack(fresh) if self.in_8_bits else fresh)
+
+    def store(self, position: int, fresh: torch.Tensor) -> None:
+        """The same for rows that are packed where that is needed."""
         first, count = 0, fresh.shape[2]
         while first < count:
             slot = (position + first) % TILE
@@ -223,11 +213,7 @@ class BlockCache:
     def read(self, start: int, end: int, out: torch.Tensor) -> None:
         """Copy whole pages [start, end) into `out` [2, kv_heads, end - start, head_dim], converting to its dtype."""
         first = (start - self.base) // TILE
-        pages = self.pages[first : first + (end - start) // TILE]
-        if len(pages) == 1:
-            out.copy_(pages[0].slots)
-        else:
-            torch.cat([page.slots for page in pages], 2, out=out)
+        read(self.pages[first : first + (end - start) // TILE], out)
 
 
 class LaneCache:
@@ -240,7 +226,8 @@ class LaneCache:
         """Positions promised, if any were."""
         self.length = 0
         """Positions cached in every block."""
-        self.blocks = [BlockCache(pool.config.window(index)) for index in range(start, end)]
+        in_8_bits = pool.dtype is torch.int8
+        self.blocks = [BlockCache(pool.config.window(index), in_8_bits=in_8_bits) for index in range(start, end)]
         self._pool = pool
         self._promise = promise  # bytes it may still take
         self._ready = 0  # up to here rows can be written
@@ -293,7 +280,8 @@ class LaneCache:
 
     def _empty(self) -> torch.Tensor:
         config, pool = self._pool.config, self._pool
-        return torch.zeros(2, config.num_kv_heads, TILE, config.head_dim, dtype=pool.dtype, device=pool.device)
+        width = slot_width(config.head_dim, pool.dtype)
+        return torch.zeros(2, config.num_kv_heads, TILE, width, dtype=pool.dtype, device=pool.device)
 
     def _take(self, pages: int) -> None:
         wanted = pages * self._pool.page_bytes

@@ -19,6 +19,7 @@ from .attention import LOWEST, MASKED, TILE, QueryBlock, attend, attend_fused, f
 from .kvcache import BlockCache
 from .linear import ROWS
 from .models.config import ModelConfig
+from .pages import pack
 from .scores import ScoreForm
 
 GATHER_VALUES: Final = 1 << 18
@@ -95,12 +96,13 @@ class Attention:
         queries fp32 [padded rows, heads, d], already scaled; fresh fp32 [2, kv_heads, padded rows, d], one cache per
         piece. Returns fp32 [padded rows, heads * d], valid until the next call.
         """
-        singles = fresh.unbind(2)  # [2, kv_heads, d] each
+        stored = pack(fresh) if caches[0].in_8_bits else fresh
+        singles = stored.unbind(2)  # [2, kv_heads, slot width] each
         for piece, cache in zip(self._pieces, caches, strict=True):
             if piece.last - piece.first == 1:
                 cache.page(piece.position).slots.select(2, piece.position % TILE).copy_(singles[piece.first])
             else:
-                cache.write(piece.position, fresh.narrow(2, piece.first, piece.last - piece.first))
+                cache.store(piece.position, stored.narrow(2, piece.first, piece.last - piece.first))
         for bucket in self._buckets:
             bucket.run(queries, [caches[index] for index in bucket.pieces], form, self._mixed)
         for index, blocks in self._alone:
@@ -167,6 +169,7 @@ class Bucket:
         count = len(members)
         self._buffer = torch.empty(count, self._kv_heads, TILE, self._width, device=device)
         self._gathered = self._buffer.unbind(0)
+        self._scales = torch.empty(count, self._kv_heads, TILE, 1, device=device)  # of pages in 8 bits
         self._queries = torch.zeros(count, self._kv_heads, self._padded, self._width, device=device)
         # Zeros, since what no session writes must stay finite.
         self._scores = torch.zeros(counts[0], count * self._kv_heads, self._padded, TILE, device=device)
@@ -219,10 +222,17 @@ class Bucket:
 
     def _gather(self, tile: int, have: int, caches: Sequence[BlockCache], *, values: bool) -> torch.Tensor:
         """fp32 [sessions that have this tile * kv_heads, TILE, d]: their keys or values of it."""
-        for target, start, cache in zip(self._gathered[:have], self._starts, caches, strict=False):
-            page = cache.page(start + tile * TILE)
+        pages = [cache.page(start + tile * TILE) for start, cache in zip(self._starts[:have], caches, strict=False)]
+        for target, page in zip(self._gathered, pages, strict=False):
             target.copy_(page.values if values else page.keys)
-        return self._buffer.narrow(0, 0, have).view(-1, TILE, self._width)
+        gathered = self._buffer.narrow(0, 0, have)
+        if caches[0].in_8_bits:
+            for target, page in zip(self._scales.unbind(0), pages, strict=False):
+                scales = page.value_scales if values else page.key_scales
+                if scales is not None:
+                    target.copy_(scales)
+            gathered.mul_(self._scales.narrow(0, 0, have))
+        return gathered.view(-1, TILE, self._width)
 
     def _soften(self, form: ScoreForm | None) -> torch.Tensor:
         """Turn scores into unnormalized weights; returns their sums [sessions * kv_heads, query rows, 1]."""

@@ -72,13 +72,13 @@ def _one_thread():
 
 
 class Model:
-    def __init__(self, shape, dtype, quant, hidden=256, inner=320):
+    def __init__(self, shape, dtype, quant, hidden=256, inner=320, kv=None):
         config = make_config(num_blocks=3, hidden_size=hidden, intermediate_size=inner, **SHAPES[shape])
         checkpoint = RandomCheckpoint(config)
         self.span = load_span(checkpoint, 0, 3, dtype=dtype, quant=quant)
         self.head = load_head(checkpoint, dtype=dtype)
         self.embedding = load_embedding(checkpoint, dtype=dtype)
-        self.pool = KVPool(1 << 28, config, 0, 3, dtype)
+        self.pool = KVPool(1 << 28, config, 0, 3, kv or dtype)
         self.rows = self.embedding(torch.randint(0, 64, (TOKENS,), generator=torch.Generator().manual_seed(3)))
 
     def feed(self, lane, first, last, **more):
@@ -125,6 +125,18 @@ def test_rows_do_not_depend_on_anything_else(shape, dtype, quant):
         random_passes(model, expected, rng, cuts=CUTS, codec=Codec.INT8S)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rows_with_a_cache_in_8_bits_do_not_depend_on_anything_else(shape):
+    dtype, quant = MIXED.get(shape, PRECISIONS[1:2])[0]
+    model = Model(shape, dtype, quant, kv=torch.int8)
+    expected = model.whole()
+    assert not torch.equal(expected, Model(shape, dtype, quant).whole())
+    rng = random.Random(shape)
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        random_passes(model, expected, rng)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_wide_rows_over_threads(dtype):
     """Widths where torch splits elementwise work over threads within rows."""
@@ -135,9 +147,10 @@ def test_wide_rows_over_threads(dtype):
     random_passes(model, expected, random.Random(5))
 
 
+@pytest.mark.parametrize("kv", [None, torch.int8])
 @pytest.mark.parametrize("shape", ["gqa", "gemma"])
-def test_truncation_leaves_no_trace(shape):
-    model = Model(shape, torch.bfloat16, "none")
+def test_truncation_leaves_no_trace(shape, kv):
+    model = Model(shape, torch.bfloat16, "none", kv=kv)
     expected, rng = model.whole(), random.Random(8)
     lane, first = model.pool.open_lane(), 0
     while first < TOKENS:

@@ -23,8 +23,8 @@ def _inference():
 SLOT = 2 * CONFIG.num_kv_heads * CONFIG.head_dim * 2
 
 
-def make_pool(budget=1 << 24):
-    return KVPool(budget, CONFIG, 0, 3, torch.bfloat16)
+def make_pool(budget=1 << 24, dtype=torch.bfloat16):
+    return KVPool(budget, CONFIG, 0, 3, dtype)
 
 
 def fill(lane, count):
