@@ -8,7 +8,6 @@ everything else to stderr. Every error is one line, `error: cause. fix`, with th
 from __future__ import annotations
 
 import os
-import secrets
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,9 +19,9 @@ from . import __version__
 from .protocol.errors import ConfigError, SwarmError
 
 if TYPE_CHECKING:
-    from .node.commands import Generating
     from .node.config import NodeConfig
     from .node.console import Console
+    from .node.generating import Generating
 
 INTERRUPTED: Final = 130
 USAGE: Final = 2
@@ -123,6 +122,14 @@ _sampling = _options(
         metavar="CODEC",
         help="Codec of activations: auto, bf16, int8s, fp32.",
     ),
+    _option(
+        "--speculate",
+        default="auto",
+        show_default=True,
+        metavar="auto|ngram|off",
+        help="Guess tokens and confirm several at once. The text is the same.",
+    ),
+    _option("--draft", default=None, metavar="MODEL", help="Let this small model guess, in this process."),
     click.option("--stats", is_flag=True, help="Print route and speed to stderr at the end."),
 )
 
@@ -316,27 +323,9 @@ def _stdin() -> str:
 
 
 def _generating(how: dict[str, Any]) -> Generating:
-    """Check sampling options before anything heavy is loaded. Raises ConfigError."""
-    from .protocol.sampling import SamplingParams
-    from .protocol.tensors import Codec
+    from .node.generating import Generating
 
-    seed = how["seed"] if how["seed"] is not None else secrets.randbelow(1 << 31)
-    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-    sampling = SamplingParams(seed=seed, **{name: how[name] for name in names})
-    if how["max_new_tokens"] < 1:
-        raise ConfigError(f"--max-new-tokens is {how['max_new_tokens']}: use at least 1")
-    if how["wire"] != "auto":
-        Codec.from_label(how["wire"])
-    from .node.commands import Generating
-
-    return Generating(
-        model=how["model"],
-        max_new_tokens=how["max_new_tokens"],
-        sampling=sampling,
-        stop=how["stop"],
-        wire=how["wire"],
-        stats=how["stats"],
-    )
+    return Generating.checked(how)
 
 
 @swarmnode.command()

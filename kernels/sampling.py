@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 
 from ..protocol.errors import ServerFailed
-from ..protocol.sampling import SamplingParams
+from ..protocol.sampling import Choice, SamplingParams
 
 Floats = NDArray[np.float32]
 Ids = NDArray[np.int64]
@@ -46,14 +46,46 @@ def sample(logits: torch.Tensor, params: SamplingParams, history: Sequence[int],
     Returns the token id and its natural log probability under the raw logits (temperature 1, nothing filtered),
     which is what can be compared between runs. Raises ServerFailed when the logits are not finite.
     """
+    choice = choose(logits, params, history, position)
+    return choice.token, choice.logprob
+
+
+def choose(logits: torch.Tensor, params: SamplingParams, history: Sequence[int], position: int, top: int = 0) -> Choice:
+    """The same, with the `top` likeliest tokens beside it. Raises ServerFailed when the logits are not finite."""
     raw = logits.detach().float().cpu().numpy()  # [vocab]
     peak = raw.max()
     if not math.isfinite(peak):  # numpy's max is NaN as soon as one logit is; -inf below the peak is a mask
         raise ServerFailed("the logits are not finite: a server of the chain computed nonsense; ban it and retry")
     adjusted = _penalize(raw, params, history) if params.penalized else raw
     token = int(adjusted.argmax()) if params.greedy else _draw(adjusted, params, position)
-    total = float(np.exp(raw - peak).sum(dtype=np.float64))
-    return token, float(raw[token]) - float(peak) - math.log(total)
+    total = float(peak) + math.log(float(np.exp(raw - peak).sum(dtype=np.float64)))
+    return Choice(token, float(raw[token]) - total, _likeliest(raw, total, top))
+
+
+def choose_rows(
+    logits: torch.Tensor, params: SamplingParams, history: Sequence[int], guesses: Sequence[int], top: int = 0
+) -> list[Choice]:
+    """Choose after `history`, and after each of the guesses [rows - 1] as long as those before it were right.
+
+    `logits` [rows, vocab] stand behind the last token of `history` and behind each guess. Every choice is the one that
+    would be made without guesses; the last one returned is the first that was guessed wrong, or comes behind them all.
+    """
+    known, made = list(history), list[Choice]()
+    for row, guess in enumerate((*guesses, None)):
+        made.append(choose(logits[row], params, known, len(known), top))
+        if made[-1].token != guess:
+            break
+        known.append(made[-1].token)
+    return made
+
+
+def _likeliest(raw: Floats, total: float, top: int) -> tuple[tuple[int, float], ...]:
+    """The `top` likeliest tokens with their log probabilities, the likeliest first, of equals the lower id."""
+    if top == 0:
+        return ()
+    ids = _top_k(raw, top) if top < len(raw) else np.arange(len(raw))
+    order = ids[np.argsort(-raw[ids], kind="stable")]
+    return tuple((int(token), float(raw[token]) - total) for token in order)
 
 
 def _penalize(raw: Floats, params: SamplingParams, history: Sequence[int]) -> Floats:

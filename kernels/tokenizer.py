@@ -66,6 +66,10 @@ class Tokenizer:
         """The spelling of a token."""
         return self._backend.id_to_token(token_id)
 
+    def same_tokens(self, other: Tokenizer) -> bool:
+        """Whether every token has the same id in both."""
+        return self._backend.get_vocab(True) == other._backend.get_vocab(True)
+
 
 @dataclass(frozen=True, slots=True)
 class Piece:

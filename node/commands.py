@@ -17,11 +17,11 @@ from types import FrameType
 from typing import TYPE_CHECKING, Final, Self
 
 from ..protocol.errors import ConfigError
-from ..protocol.sampling import SamplingParams
 from .allocator import keep_freed_memory
 from .config import BUILTIN_MODEL, NodeConfig
 from .console import Console, milliseconds
 from .entrance import entrance
+from .generating import Generating
 from .node import Node
 
 if TYPE_CHECKING:
@@ -199,26 +199,11 @@ class _Interrupt:
 # generate and chat
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Generating:
-    """How to generate."""
-
-    model: str | None
-    max_new_tokens: int
-    sampling: SamplingParams
-    stop: tuple[str, ...]
-    wire: str
-    stats: bool
-
-
 async def generate(config: NodeConfig, prompt: str, how: Generating, console: Console) -> int:
     """Print what the model writes after a prompt, as it comes."""
     use_threads(None)
     async with _model_for(config, how.model, console) as model:
-        pieces = model.generate(
-            prompt, max_new_tokens=how.max_new_tokens, sampling=how.sampling, stop=how.stop, wire=how.wire
-        )
-        written = await _write(pieces, console)
+        written = await _write(model.generate(prompt, **how.options), console)
         stats = model.last_stats
         if console.as_json:
             console.json(_generation_json(model, written, stats))
@@ -271,13 +256,17 @@ def _generation_json(model: RemoteModel, written: list[Piece], stats: Generation
 
 def _stats_json(stats: GenerationStats) -> dict[str, object]:
     body = {key: value for key, value in asdict(stats).items() if key != "gaps_s"}
-    return body | {"tokens_per_s": stats.tokens_per_s, "stall_s": stats.stall_s}
+    rates = {"tokens_per_s": stats.tokens_per_s, "tokens_per_traversal": stats.tokens_per_traversal}
+    return body | rates | {"stall_s": stats.stall_s}
 
 
 def _say_stats(stats: GenerationStats, console: Console) -> None:
     console.note(f"route        {' -> '.join(stats.route)}, wire {stats.wire}")
     console.note(f"tokens       {stats.prompt_tokens} in, {stats.new_tokens} out, {stats.tokens_per_s:.1f} tokens/s")
     console.note(f"first token  {milliseconds(stats.first_token_s)}, longest gap {milliseconds(stats.longest_gap_s)}")
+    if stats.drafted:
+        right = f"{stats.accepted} of {stats.drafted} guesses right"
+        console.note(f"speculation  {stats.tokens_per_traversal:.2f} tokens per traversal, {right}")
     if stats.repairs:
         console.note(f"repairs      {stats.repairs}: servers failed and were replaced")
 
@@ -293,13 +282,8 @@ async def chat(config: NodeConfig, how: Generating, system: str | None, console:
         console.note(f"talking to {model.name}; an empty line or Ctrl-D ends")
         while (line := await asyncio.to_thread(_read_line, console)) != "":
             messages.append({"role": "user", "content": line})
-            pieces = model.generate(
-                _as_lines(messages) if raw else model.render_chat(messages),
-                max_new_tokens=how.max_new_tokens,
-                sampling=how.sampling,
-                stop=how.stop,
-                wire=how.wire,
-            )
+            prompt = _as_lines(messages) if raw else model.render_chat(messages)
+            pieces = model.generate(prompt, **how.options)
             written = await _write(pieces, console)
             text = "".join(piece.text for piece in written)
             messages.append({"role": "assistant", "content": text})

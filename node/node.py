@@ -265,8 +265,9 @@ class Node:
         if self._client is None:
             config = self.config
             router = Router(self.host, self.discovery, self._clock, self._rng, config.swarm)
-            context = Context(self.host, router, self._clock, self._tasks, config.repair_timeout_s)
-            self._client = ClientRole(self.host, self._models_here(), context, config.swarm)
+            models = self._models_here()
+            context = Context(self.host, router, self._clock, self._tasks, config.repair_timeout_s, models)
+            self._client = ClientRole(self.host, models, context, config.swarm)
         return self._client
 
     # Looking around.

@@ -23,6 +23,17 @@ MAX_SEED: Final = 2**63 - 1
 MAX_WIRE_BYTES: Final = 1024
 
 
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A token that was chosen."""
+
+    token: int
+    logprob: float
+    """Natural log probability under the raw logits: temperature 1, nothing filtered."""
+    top: tuple[tuple[int, float], ...] = ()
+    """The likeliest tokens and their log probabilities, if they were asked for."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """Parameters of one generation. Invalid values raise ConfigError naming the parameter and its range."""

@@ -39,6 +39,7 @@ TORCH_FREE_KERNELS = {
     "swarmnode.kernels.models.config",
     "swarmnode.kernels.models.huggingface",
     "swarmnode.kernels.quant",
+    "swarmnode.kernels.speculative",
     "swarmnode.kernels.tokenizer",
 }
 FORBIDDEN_IMPORTS = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}

@@ -1,35 +1,40 @@
-"""Text generation over a chain: prefill in chunks, one traversal per token, pieces of text out.
+"""Text generation over a chain: prefill in chunks, a traversal for each step of each sequence, pieces of text out.
 
-Torch-free: a client without the model's files sends token ids and gets token ids back, and needs only the tokenizer.
-With the files, embedding, head and sampling run here (local.py).
+A lane of the session carries one sequence. Lanes do not wait for each other: as soon as a lane's step is back its next
+one is fed, and while one stage works for one lane the stage before works for another. A step carries the last token
+that is known, and guesses of what follows (kernels/speculative.py); those the model confirms are tokens like others,
+the rows of the rest are truncated away. Torch-free.
 """
 
 from __future__ import annotations
 
-import struct
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-from ...protocol.messages import Output, Result, Want
-from ...protocol.sampling import SamplingParams
-from ...protocol.tensors import Codec
+from ...kernels.speculative import Pace, Speculator
+from ...protocol.messages import Result, Want
+from ...protocol.sampling import Choice, SamplingParams
 from ..clock import Clock
 from .chain import ChainSession
+from .ends import Ends, chunks
 
 if TYPE_CHECKING:
-    from ...kernels.tokenizer import TextStream, Tokenizer
-    from .local import LocalEnds
+    from ...kernels.tokenizer import TextStream
+    from .draft import DraftModel
 
 PREFILL_ROWS: Final = 128
 """Tokens per prefill chunk: while one stage computes a chunk, the one before computes the next."""
-FORWARD_ROWS: Final = 64
-"""Tokens per chunk when every row's result is wanted: logits of a large vocabulary take 1 MB a row."""
+
+INLINE_TOKENS: Final = 1024
+"""Tokens that are indexed on the loop, in some 5 ms; more are on a thread."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
-    """What one step adds."""
+    """What one token adds."""
 
     text: str
     """New text; may be empty while a character or a possible stop string is incomplete."""
@@ -38,6 +43,10 @@ class Piece:
     """Natural log probability of the token under the raw logits."""
     finish_reason: str | None = None
     """On the last piece: `stop` (end token or stop string) or `length`."""
+    index: int = 0
+    """Which sequence it belongs to, where several are written at once."""
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+    """The likeliest tokens here and their log probabilities, if they were asked for."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -53,6 +62,12 @@ class GenerationStats:
     longest_gap_s: float = 0.0
     """Longest wait between two tokens: what a user would notice of a failure."""
     repairs: int = 0
+    traversals: int = 0
+    """Steps that went through the chain; the prompt counts as one."""
+    drafted: int = 0
+    """Tokens guessed and sent to be confirmed."""
+    accepted: int = 0
+    """Guesses that were right."""
     wire: str = ""
     route: tuple[str, ...] = ()
     """`peer[start:end]` of each hop, as the chain stood at the end."""
@@ -64,46 +79,52 @@ class GenerationStats:
         return (self.new_tokens - 1) / self.decode_s if self.new_tokens > 1 and self.decode_s > 0 else 0.0
 
     @property
+    def tokens_per_traversal(self) -> float:
+        """1 without speculation, up to one more than is guessed with it."""
+        return self.new_tokens / self.traversals if self.traversals else 0.0
+
+    @property
     def stall_s(self) -> float:
         """Longest gap less the median one."""
         return self.longest_gap_s - sorted(self.gaps_s)[len(self.gaps_s) // 2] if self.gaps_s else 0.0
 
 
-class Ends:
-    """What turns token ids into the chain's input and its results into the next token."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wishes:
+    """What is wanted of every sequence of a generation."""
+
+    max_new_tokens: int
+    ends: frozenset[int]
+    """Token ids a sequence ends with."""
+    stops: tuple[str, ...] = ()
+    """Texts a sequence ends before."""
+    top: int = 0
+    """Likeliest tokens to report beside each one chosen."""
+    ngrams: bool = True
+    """Guess tokens by looking them up in the text."""
+
+
+class Writing:
+    """One sequence on its lane."""
 
     def __init__(
-        self, codec: Codec, output: Output, params: SamplingParams, vocab: int, local: LocalEnds | None
+        self, lane: int, index: int, prompt: Sequence[int], params: SamplingParams, stream: TextStream
     ) -> None:
-        self._codec = codec
-        self._vocab = vocab
-        self._output = output
-        self._params = params
-        self._local = local
-
-    async def rows(self, ids: Sequence[int]) -> bytes:
-        """The payload for these ids."""
-        if self._local is None:
-            return struct.pack(f"<{len(ids)}I", *ids)
-        return await self._local.embed(ids, self._codec)
-
-    async def token(self, result: Result, payload: bytes, history: Sequence[int]) -> tuple[int, float]:
-        """The next token and its log probability."""
-        if self._output == Output.TOKEN:
-            return result.token, result.logprob
-        if self._local is not None:
-            return await self._local.sample(payload, self._codec, self._params, history)
-        from .local import sample_logits  # torch is loaded here, not before
-
-        return await sample_logits(payload, self._vocab, self._params, history)
-
-    async def forward(self, chain: ChainSession, ids: Sequence[int]) -> AsyncIterator[bytes]:
-        """Results of a whole sequence, a chunk each, in order."""
-        chunks = list(_chunks(ids, FORWARD_ROWS))
-        for chunk in chunks:
-            chain.feed(await self.rows(chunk), len(chunk), Want.ALL)
-        for _ in chunks:
-            yield (await chain.result())[1]
+        self.lane = lane
+        self.index = index
+        self.history = list(prompt)
+        """Every token known: all but the last were fed."""
+        self.params = params
+        self.stream = stream
+        self.new_tokens = 0
+        self.guesses: list[int] = []
+        """Guesses of the step under way."""
+        self.due = 0
+        """Rows of it whose results are due."""
+        self.payload = b""
+        """Their results so far."""
+        self.fed_at = 0.0
+        self.speculator: Speculator | None = None
 
 
 class Generation:
@@ -113,75 +134,134 @@ class Generation:
         self,
         chain: ChainSession,
         ends: Ends,
-        tokenizer: Tokenizer,
         clock: Clock,
         *,
-        eos: Sequence[int],
-        stops: Sequence[str],
-        max_new_tokens: int,
+        wishes: Wishes,
         stats: GenerationStats,
+        draft: DraftModel | None = None,
     ) -> None:
         self._chain = chain
         self._ends = ends
-        self._tokenizer = tokenizer
         self._clock = clock
-        self._eos = frozenset(eos)
-        self._stops = stops
-        self._max_new_tokens = max_new_tokens
+        self._wishes = wishes
+        self._draft = draft
+        self._pace = Pace()
+        self._begun = False
         self.stats = stats
 
-    async def pieces(self, prompt: Sequence[int], began: float) -> AsyncGenerator[Piece, None]:
-        """Generate after `prompt`. The caller closes the chain."""
-        from ...kernels.tokenizer import TextStream
+    async def pieces(self, writings: Sequence[Writing], began: float) -> AsyncGenerator[Piece, None]:
+        """Write on after each prompt, a piece per token. The caller closes the chain."""
+        try:
+            async with contextlib.aclosing(self._write(writings, began)) as pieces:
+                async for piece in pieces:
+                    yield piece
+        finally:
+            if self._draft is not None:
+                for writing in writings:
+                    await self._draft.free((self, writing.lane))
 
-        stream = TextStream(self._tokenizer, prompt, self._stops)
-        history = list(prompt)
-        await self._prefill(prompt)
+    async def _write(self, writings: Sequence[Writing], began: float) -> AsyncGenerator[Piece, None]:
+        live = {writing.lane: writing for writing in writings}
+        for writing in writings:
+            await self._prefill(writing)
         last = began
-        while True:
-            token, logprob = await self._next_token(history)
-            last = self._note(last, first=self.stats.new_tokens == 0)
-            piece = self._piece(stream, token, logprob)
-            history.append(token)
-            if piece.finish_reason is None:
-                self._chain.feed(await self._ends.rows([token]), 1, Want.LAST)
-            yield piece
-            if piece.finish_reason is not None:
-                return
+        while live:
+            result, payload = await self._chain.result()
+            writing = live[result.lane]
+            made = await self._take(writing, result, payload)
+            for _ in made:
+                last = self._note(last)
+            if made and made[-1].finish_reason is not None:
+                del live[writing.lane]
+            elif made:
+                await self._step(writing)
+            for piece in made:
+                yield piece
 
-    async def _prefill(self, prompt: Sequence[int]) -> None:
-        """Feed the prompt in chunks; only the last row's result is wanted."""
-        chunks = list(_chunks(prompt, PREFILL_ROWS))
-        for number, chunk in enumerate(chunks):
-            want = Want.LAST if number + 1 == len(chunks) else Want.NOTHING
-            self._chain.feed(await self._ends.rows(chunk), len(chunk), want)
+    async def _prefill(self, writing: Writing) -> None:
+        """Feed what is new of the prompt in chunks; only the last row's result is wanted."""
+        lane, prompt = writing.lane, writing.history
+        parts = list(chunks(prompt[self._chain.position(lane) :], PREFILL_ROWS))
+        for number, part in enumerate(parts, 1):
+            want = Want.LAST if number == len(parts) else Want.NOTHING
+            self._chain.feed(await self._ends.rows(part), len(part), want, lane)
+        writing.due, writing.fed_at = len(parts[-1]), self._clock.now()
+        if self._wishes.ngrams or self._draft is not None:
+            writing.speculator = Speculator(self._pace, ngrams=self._wishes.ngrams, model=self._draft is not None)
+            if len(prompt) > INLINE_TOKENS:  # while the servers compute
+                await asyncio.to_thread(writing.speculator.follow, tuple(prompt))
 
-    async def _next_token(self, history: Sequence[int]) -> tuple[int, float]:
-        result, payload = await self._chain.result()
-        return await self._ends.token(result, payload, history)
+    async def _step(self, writing: Writing) -> None:
+        """Take back the rows of wrong guesses, and feed the last token with new ones."""
+        lane, known = writing.lane, len(writing.history) - 1
+        writing.guesses = guesses = await self._guess(writing)
+        rows = await self._ends.rows([writing.history[-1], *guesses])
+        if self._chain.position(lane) > known:
+            self._chain.truncate(known, lane)
+        self._chain.feed(rows, 1 + len(guesses), Want.ALL if guesses else Want.LAST, lane)
+        writing.due, writing.fed_at, writing.payload = 1 + len(guesses), self._clock.now(), b""
 
-    def _piece(self, stream: TextStream, token: int, logprob: float) -> Piece:
+    async def _guess(self, writing: Writing) -> list[int]:
+        speculator = writing.speculator
+        if speculator is None:
+            return []
+        room = min(self._wishes.max_new_tokens - writing.new_tokens - 1, self._ends.max_guesses)
+        guess = speculator.propose(writing.history, room)
+        if guess.tokens is None and self._draft is not None:
+            began = self._clock.now()
+            tokens = await self._draft.guess((self, writing.lane), writing.history, max(1, guess.count), writing.params)
+            speculator.drafted_by_model(tokens, self._clock.now() - began)
+        return (guess.tokens or [])[: guess.count]
+
+    async def _take(self, writing: Writing, result: Result, payload: bytes) -> list[Piece]:
+        """The pieces a result brings; none while rows of the step are due."""
+        writing.payload += payload
+        writing.due -= result.count
+        if writing.due > 0:
+            return []
+        choices = await self._ends.choose(
+            result, writing.payload, writing.params, writing.history, writing.guesses, self._wishes.top
+        )
+        self.stats.traversals += 1
+        if writing.new_tokens and writing.speculator is not None:
+            writing.speculator.observe([choice.token for choice in choices], self._clock.now() - writing.fed_at)
+        self.stats.drafted += len(writing.guesses)
+        made: list[Piece] = []
+        for choice in choices:
+            made.append(self._piece(writing, choice))
+            writing.history.append(choice.token)
+            if made[-1].finish_reason is not None:
+                break
+        self.stats.accepted += len(made) - 1
+        return made
+
+    def _piece(self, writing: Writing, choice: Choice) -> Piece:
         self.stats.new_tokens += 1
-        if token in self._eos:
-            return Piece(text=stream.finish().text, token_id=token, logprob=logprob, finish_reason="stop")
-        piece = stream.push(token)
-        if piece.stopped:
-            return Piece(text=piece.text, token_id=token, logprob=logprob, finish_reason="stop")
-        if self.stats.new_tokens >= self._max_new_tokens:
-            text = piece.text + stream.finish().text
-            return Piece(text=text, token_id=token, logprob=logprob, finish_reason="length")
-        return Piece(text=piece.text, token_id=token, logprob=logprob)
-
-    def _note(self, last: float, *, first: bool) -> float:
-        now = self._clock.now()
-        if first:
-            self.stats.first_token_s = now - last
+        writing.new_tokens += 1
+        text, reason = "", "stop"
+        if choice.token in self._wishes.ends:
+            text = writing.stream.finish().text
         else:
-            self.stats.gaps_s.append(now - last)
-            self.stats.decode_s += now - last
-            self.stats.longest_gap_s = max(self.stats.longest_gap_s, now - last)
+            piece = writing.stream.push(choice.token)
+            text = piece.text
+            if not piece.stopped:
+                over = writing.new_tokens >= self._wishes.max_new_tokens
+                text, reason = (text + writing.stream.finish().text, "length") if over else (text, "")
+        return Piece(
+            text=text,
+            token_id=choice.token,
+            logprob=choice.logprob,
+            finish_reason=reason or None,
+            index=writing.index,
+            top_logprobs=choice.top,
+        )
+
+    def _note(self, last: float) -> float:
+        now, stats = self._clock.now(), self.stats
+        if not self._begun:
+            self._begun, stats.first_token_s = True, now - last
+        else:
+            stats.gaps_s.append(now - last)
+            stats.decode_s += now - last
+            stats.longest_gap_s = max(stats.longest_gap_s, now - last)
         return now
-
-
-def _chunks(ids: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    return (ids[at : at + size] for at in range(0, len(ids), size))

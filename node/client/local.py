@@ -16,9 +16,9 @@ import torch
 
 from ...kernels import codecs
 from ...kernels.engine import DTYPES, load_embedding, load_head
-from ...kernels.sampling import sample
+from ...kernels.sampling import choose_rows
 from ...protocol.errors import RemoteProtocolError
-from ...protocol.sampling import SamplingParams
+from ...protocol.sampling import Choice, SamplingParams
 from ...protocol.tensors import Codec, payload_size
 from ..models import Model
 
@@ -57,11 +57,19 @@ class LocalEnds:
         """Hidden states of token ids, encoded for the wire."""
         return await self._run(lambda: codecs.encode(self._embedding(torch.tensor(ids, dtype=torch.int64)), codec))
 
-    async def sample(
-        self, payload: bytes, codec: Codec, params: SamplingParams, history: Sequence[int]
-    ) -> tuple[int, float]:
-        """The next token after the last row of `payload`, and its log probability."""
-        return await self._run(lambda: sample(self._logits(payload, codec)[-1], params, history, len(history)))
+    async def choose(
+        self,
+        payload: bytes,
+        codec: Codec,
+        params: SamplingParams,
+        history: Sequence[int],
+        guesses: Sequence[int],
+        top: int = 0,
+    ) -> list[Choice]:
+        """The tokens after `history` and each right guess: the rows of `payload` stand behind these."""
+        return await self._run(
+            lambda: choose_rows(_last(self._logits(payload, codec), guesses), params, history, guesses, top)
+        )
 
     async def logits(self, payload: bytes, codec: Codec) -> torch.Tensor:
         """float32 logits [rows, vocab]."""
@@ -77,11 +85,20 @@ class LocalEnds:
         self._thread.shutdown()
 
 
-async def sample_logits(
-    payload: bytes, vocab: int, params: SamplingParams, history: Sequence[int]
-) -> tuple[int, float]:
-    """The next token from logits a server sent: for choices that look at the history, which only we know."""
-    return await asyncio.to_thread(lambda: sample(as_logits(payload, vocab)[-1], params, history, len(history)))
+async def choose_from_logits(
+    payload: bytes, vocab: int, params: SamplingParams, history: Sequence[int], guesses: Sequence[int], top: int = 0
+) -> list[Choice]:
+    """The same from logits a server sent: for choices that look at the history, which only we know."""
+    return await asyncio.to_thread(
+        lambda: choose_rows(_last(as_logits(payload, vocab), guesses), params, history, guesses, top)
+    )
+
+
+def _last(logits: torch.Tensor, guesses: Sequence[int]) -> torch.Tensor:
+    """The row behind the last token that is known, and one behind each guess."""
+    if logits.shape[0] <= len(guesses):
+        raise RemoteProtocolError(f"{logits.shape[0]} rows came back for {len(guesses) + 1}")
+    return logits[-len(guesses) - 1 :]
 
 
 def as_logits(payload: bytes, vocab: int) -> torch.Tensor:

@@ -20,11 +20,14 @@ from ...protocol.tensors import Codec, codec_at, payload_size
 from ...routing.planner import Plan, PlanRequest
 from ...routing.swarm import SwarmView
 from ..clock import Clock
+from ..generating import check_speculate
 from ..host import Host
-from ..models import Model
+from ..models import Model, Models
 from ..tasks import Supervisor
 from .chain import ChainSession
-from .generate import FORWARD_ROWS, Ends, Generation, GenerationStats, Piece
+from .draft import DraftModel
+from .ends import FORWARD_ROWS, Ends
+from .generate import Generation, GenerationStats, Piece, Wishes, Writing
 from .router import Router
 from .session import HiddenSession
 from .target import Target, new_session_id
@@ -55,6 +58,7 @@ class Context:
     clock: Clock
     tasks: Supervisor
     repair_timeout_s: float
+    models: Models
 
 
 class RemoteModel:
@@ -66,6 +70,7 @@ class RemoteModel:
         self._use_local = local_ends and model.checkpoint is not None
         self._dtype = dtype
         self._ends: LocalEnds | None = None
+        self._drafts: dict[str, DraftModel] = {}
         self._loading = asyncio.Lock()
         self._chains: WeakSet[ChainSession] = WeakSet()
         self.last_stats: GenerationStats | None = None
@@ -114,36 +119,41 @@ class RemoteModel:
         sampling: SamplingParams | None = None,
         stop: Sequence[str] = (),
         wire: str = AUTO_WIRE,
+        speculate: str = "auto",
+        draft: str | None = None,
     ) -> AsyncIterator[Piece]:
         """Generate text after a prompt, a piece per token.
 
         Closing the iterator frees every server at once. Raises ConfigError for bad arguments, NoRoute when nobody
         serves the blocks, ServerFailed when a dead server could not be replaced (what came before stays yours).
         """
+        from ...kernels.tokenizer import TextStream  # the tokenizers library is loaded here, not before
+
         began = self._context.clock.now()
         tokenizer = await asyncio.to_thread(lambda: self.tokenizer)
         ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         self._check_prompt(ids, max_new_tokens)
+        check_speculate(speculate)
         params = sampling or SamplingParams()
+        writing = Writing(0, 0, ids, params, TextStream(tokenizer, ids, stop))
         stats = GenerationStats(prompt_tokens=len(ids))
         self.last_stats = stats
+        guesser = await self._draft_model(draft) if draft is not None and speculate == "auto" else None
         local = await self._local_ends() if self._use_local else None
         output = Output.HIDDEN if local else Output.LOGITS if params.penalized else Output.TOKEN
         chain, codec = await self._open(
             output, len(ids) + max_new_tokens, wire, remote_ends=local is None, params=params
         )
-        generation = Generation(
-            chain,
-            Ends(codec, output, params, self.config.vocab_size, local),
-            tokenizer,
-            self._context.clock,
-            eos=self.config.eos_token_ids,
-            stops=stop,
+        wishes = Wishes(
             max_new_tokens=max_new_tokens,
-            stats=stats,
+            ends=frozenset(self.config.eos_token_ids),
+            stops=tuple(stop),
+            ngrams=speculate != "off",
         )
+        ends = Ends(codec, output, self.config.vocab_size, local)
+        generation = Generation(chain, ends, self._context.clock, wishes=wishes, stats=stats, draft=guesser)
         try:
-            async with contextlib.aclosing(generation.pieces(ids, began)) as pieces:
+            async with contextlib.aclosing(generation.pieces([writing], began)) as pieces:
                 async for piece in pieces:
                     yield piece
         finally:
@@ -200,7 +210,7 @@ class RemoteModel:
         local = await self._local_ends() if self._use_local else None
         output = Output.HIDDEN if local else Output.LOGITS
         chain, codec = await self._open(output, len(ids), wire, remote_ends=local is None)
-        ends = Ends(codec, output, SamplingParams(), self.config.vocab_size, local)
+        ends = Ends(codec, output, self.config.vocab_size, local)
         try:
             payload = b"".join([part async for part in ends.forward(chain, ids)])
         finally:
@@ -224,6 +234,14 @@ class RemoteModel:
             if self._ends is None:
                 self._ends = await LocalEnds.load(self._model, self._dtype)
             return self._ends
+
+    async def _draft_model(self, source: str) -> DraftModel:
+        """A model of this machine that guesses for this one; loaded once. Raises ModelNotFound, ConfigError."""
+        async with self._loading:
+            if source not in self._drafts:
+                model = await self._context.models.open(source)
+                self._drafts[source] = await DraftModel.load(model, self._model, self._dtype)
+            return self._drafts[source]
 
     def _codec(self, wire: str, peers: Sequence[PeerId]) -> Codec:
         """The session's codec. `auto`: bf16, or int8s where a token's frame would not fit or a link is slow."""
@@ -336,6 +354,8 @@ class RemoteModel:
         ends, self._ends = self._ends, None
         if ends is not None:
             await asyncio.to_thread(ends.close)
+        while self._drafts:
+            await asyncio.to_thread(self._drafts.popitem()[1].close)
 
 
 def _cuts(plan: Plan, remote_ends: bool) -> tuple[int, ...]:
