@@ -134,6 +134,9 @@ class PeerId:
         """Position in the Kademlia key space: sha256 of the raw bytes."""
         return hashlib.sha256(self.raw).digest()
 
+    def __hash__(self) -> int:
+        return hash(self.raw)  # bytes remember theirs; the generated method hashes a new tuple each time
+
     def __str__(self) -> str:
         return _peer_text(self.raw)
 

@@ -7,18 +7,15 @@
     out    actions()                           Ask: put this to that peer; Finished: a query's result
 
 node/discovery.py executes this over streams; tests/sim runs thousands of them on a simulated clock. Queries are in
-queries.py, the answering half in answers.py, our announcements in publications.py; this file keeps the books:
-numbering, time limits, whom to trust, and the rounds of maintenance.
-
-Nobody can be declared dead by others: only our own failure to reach a peer at addresses it told us itself counts
-against the peer. What third parties say about its addresses is tried, and on failure only the words are avoided.
+queries.py, the answering half in answers.py, our announcements in publications.py, the questions in flight and whom to
+trust in questions.py, the rounds of maintenance in upkeep.py; this file brings them together.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from random import Random
 from typing import Final
 
@@ -29,41 +26,25 @@ from ..protocol.multiaddr import Multiaddr
 from ..protocol.records import SignedEntry
 from .actions import Ask, Finished
 from .answers import Answers, heard_of, is_local, self_told, wire_addrs
-from .bans import BackOff
 from .cache import FRESH_S, ReadCache
 from .content_queries import FindProviders, GetValue
-from .handover import Handover
 from .keys import position
 from .lookup import Lookup, Wait
-from .lost import Lost
 from .parameters import DhtConfig
 from .publications import Publications
 from .queries import Deliver, Held, Locate, Publish, Read, Send, merge
-from .store import Source, Store, StoreLimits, Verifier, iter_batches
+from .questions import Question, Questions
+from .store import Source, Store, StoreLimits, Verifier
 from .table import Contact, Table
-from .timeouts import Timeouts
+from .upkeep import Upkeep
 from .whereabouts import Whereabouts
 
 MAX_ACTIVE_QUERIES: Final = 32
 """Queries stepping at once; more wait their turn."""
-LIAR_BASE_S: Final = 60.0
-"""First back-off for peers that sent forgeries or broke the protocol."""
 REACH: Final = 1.3
 """Candidates within the distance of so many times the wanted peers are asked without restraint."""
 REGION: Final = 0.7
 """Reads and publications go to all within the distance of so many times the wanted peers, if there are more."""
-CALM_CHANGES: Final = 2
-"""So few newcomers and losses since the last refresh: the next one may wait longer."""
-CALM_FACTOR: Final = 1.5
-
-
-@dataclass(slots=True)
-class _Question:
-    query: Locate | None
-    contact: Contact
-    verified: bool
-    asked_at: float
-    overdue_at: float
 
 
 class Dht:
@@ -89,25 +70,19 @@ class Dht:
         self.table = Table(key.peer_id.kad_key, k=self._config.k)
         self.store = Store(key.peer_id, limits)
         self.verifier = Verifier()
-        self.timeouts = Timeouts()
         self.whereabouts = Whereabouts(Random(key.peer_id.raw))
         self._answers = Answers(self.table, self.store, self.verifier, k=self._config.k)
         self.values, self.providers = self._answers.values, self._answers.providers
-        self._avoided = BackOff(rng)
-        self._liars = BackOff(rng, base_s=LIAR_BASE_S)
+        self.questions = Questions(key.peer_id, self.table, rng)
+        """Those in flight, and the peers not worth one."""
         self._ids = 0
         self._actions: deque[Ask | Finished] = deque()
-        self._questions: dict[int, _Question] = {}
         self._active: dict[int, Locate] = {}
         self._backlog: deque[Locate] = deque()
         self._publications = Publications(key, rng=rng, republish_s=self._config.republish_s, last_seq=last_seq)
-        self._handover = Handover(self.own, self.table, self.store, self._config.replicas)
-        self._lost = Lost(rng, now)
+        self.upkeep = Upkeep(self.own, self.table, self.store, self._config, rng=rng, now=now)
+        """What is done unasked."""
         self._cache = ReadCache()
-        self._maintenance_at = now
-        self._pace_s = self._config.refresh_s
-        self._refresh_at = now + self._pace_s * rng.random()
-        self._changes = 0
 
     # What our node wants
 
@@ -161,8 +136,11 @@ class Dht:
         return self._start(make(self._number(), lookup), now)
 
     def greet(self, contact: Contact, now: float) -> None:
-        """Ask a peer that is said to be a server whether it is one; it enters the table by answering."""
-        if contact.peer not in self.table and self._usable([contact], now):
+        """Ask a peer that is connected, and said to be a server, whether it is one; it enters the table by answering.
+
+        Earlier silence is no reason not to: perhaps it is the connection that took so long.
+        """
+        if contact.peer not in self.table and not self.questions.is_liar(contact.peer, now):
             self._ask(None, contact, Message(type=MessageType.PING), now)
 
     @property
@@ -179,7 +157,7 @@ class Dht:
 
     def handle(self, remote: PeerId, seen: Multiaddr | None, request: Message, now: float, wall: float) -> Message:
         """Answer an authenticated peer. Raises RemoteProtocolError when it broke the rules: reset its stream."""
-        if self._liars.avoided(remote, now):
+        if self.questions.is_liar(remote, now):
             raise RemoteProtocolError(f"{remote.short} sent forgeries lately and is not answered")
         try:
             if request.sender is not None:
@@ -197,11 +175,11 @@ class Dht:
         self, ask: int, seen: Multiaddr | None, reply: Message, now: float, wall: float, rtt_s: float | None = None
     ) -> None:
         """A peer answered. A forged answer counts as none. `rtt_s`: without what it took to reach the peer."""
-        question = self._questions.pop(ask, None)
+        question = self.questions.take(ask)
         if question is None:
             return
         contact, query = self_told(question.contact, seen, reply), question.query
-        self.timeouts.observe(contact.peer, now - question.asked_at)
+        self.questions.timeouts.observe(contact.peer, now - question.asked_at)
         if query is not None and query.id not in self._active:
             query = None  # it could not wait for this answer
         try:
@@ -211,23 +189,25 @@ class Dht:
             self.misbehaved(contact.peer, now)
             self._drop(question, now)
             return
-        self._avoided.succeeded(contact.peer)
         self._enter(contact, seen, now)
         for stale in reply.stale:
             if stale.subkey == self.own:
                 self._publications.learn(reply.key, stale, now, wall)
+        if question.around:
+            for stranger in self.upkeep.neighbours.strangers(self._candidates(reply, seen, now)):
+                self._ask(None, stranger, Message(type=MessageType.PING), now)
         if query is None:
             return
         if isinstance(query, Read):
             merge(query.found, held)
-        follow_up = query.on_reply(contact, self._candidates(reply.closer_peers, seen, now), reply, seen)
+        follow_up = query.on_reply(contact, self._candidates(reply, seen, now), reply, seen)
         if follow_up is not None:
             self._ask(query, contact, follow_up, now)
         self._advance(query, now)
 
     def on_sent(self, ask: int, now: float) -> None:
         """A question of which no answer comes (kad.UNANSWERED) went out."""
-        question = self._questions.pop(ask, None)
+        question = self.questions.take(ask)
         if question is not None and question.query is not None and question.query.id in self._active:
             query, contact = question.query, question.contact
             query.on_reply(contact, [], Message(type=MessageType.ADD_PROVIDER, key=query.key), None)
@@ -235,23 +215,17 @@ class Dht:
 
     def on_failure(self, ask: int, now: float) -> None:
         """A peer could not be reached, did not answer in time or answered nonsense."""
-        question = self._questions.pop(ask, None)
+        question = self.questions.take(ask)
         if question is None:
             return
-        contact = question.contact
-        if question.verified:
-            if self.table.failed(contact.peer):
-                self._lost.note(contact, now)
-                self._changes += 1
-            self._avoided.failed(contact.peer, now)
-        elif contact.peer not in self.table:
-            self._avoided.failed((contact.peer, contact.addrs), now)
+        if self.questions.failed(question, now):
+            self.upkeep.left(question.contact, now)
         self._drop(question, now)
 
     def misbehaved(self, peer: PeerId, now: float) -> None:
         """A peer broke the protocol: out of the table, neither asked nor answered for a while."""
         self.table.remove(peer)
-        self._liars.failed(peer, now)
+        self.questions.lied(peer, now)
 
     def disconnected(self, peer: PeerId) -> None:
         """The last connection to a peer broke: soon ask whether it still lives."""
@@ -262,36 +236,33 @@ class Dht:
     def next_timer(self) -> float:
         """When tick() wants to be called."""
         wakes = [query.wake for query in self._active.values() if query.wake is not None]
-        return min([self._maintenance_at, *wakes])
+        return min([self.upkeep.due_at, *wakes])
 
     def tick(self, now: float, wall: float) -> None:
         """Move overdue lookups on; every 2 s look after leases, publications, newcomers, silent contacts and cache."""
         for query in list(self._active.values()):
             if query.wake is not None and query.wake <= now:
                 self._advance(query, now)
-        if now < self._maintenance_at:
+        if not self.upkeep.begin(now):
             return
-        self._maintenance_at = now + self._config.maintenance_s
         self.store.expire(now)
         self._answers.expire(now)
         for key, publication in self._publications.due(now):
             known_seq = self.store.known_seq(key, self.own)
             entry = self._publications.sign(key, publication.payload, publication.ttl_s, known_seq, wall)
             self._put_own(entry, publication.paths, now)
-        for key, contact in self._handover.due(now):
-            self._give(key, contact, now)
-        self._ping(now)
+        for contact, request in self.upkeep.questions(self.questions.busy, now):
+            self._ask(None, contact, request, now)
+        if self.server_mode and (around := self.upkeep.neighbours.due(now)) is not None:
+            self._ask(None, *around, now, around=True)
         for key in self._cache.due(now):
             self._read(key, now, self._config.paths)
-        if now >= self._refresh_at:
+        if self.upkeep.wants_refresh(now):
             self.refresh(now)
 
     def refresh(self, now: float) -> list[int]:
         """Look for peers near ourselves and in a random direction. Returns the queries' ids."""
-        calm = self._changes <= CALM_CHANGES
-        self._pace_s = min(self._config.calm_refresh_s, CALM_FACTOR * self._pace_s) if calm else self._config.refresh_s
-        self._changes = 0
-        self._refresh_at = now + self._pace_s * (0.75 + 0.5 * self._rng.random())
+        self.upkeep.refreshing(now)
         return [self.locate(self.own.raw, now), self.locate(self._rng.randbytes(32), now, width=self._config.width)]
 
     def actions(self) -> list[Ask | Finished]:
@@ -317,7 +288,7 @@ class Dht:
     ) -> Lookup:
         target = position(key)
         near = self.table.closest(target, self._config.k)
-        near = self._usable(near, now) or near  # all silent: perhaps it was us who could not hear
+        near = self.questions.usable(near, now) or near  # all silent: perhaps it was us who could not hear
         return Lookup(
             target,
             [*seeds, *near],
@@ -340,17 +311,6 @@ class Dht:
             return 1.0
         farthest = max(contact.place ^ int.from_bytes(query.lookup.target, "big") for contact in contacts)
         return self.table.reach(len(contacts)) / max(1, farthest)
-
-    def _usable(self, contacts: Iterable[Contact], now: float) -> list[Contact]:
-        """Those worth asking: neither avoided nor silent on a question right now."""
-        overdue = {item.contact.peer for item in self._questions.values() if item.overdue_at <= now}
-        return [
-            contact
-            for contact in contacts
-            if contact.peer not in overdue
-            and not self._avoided.avoided(contact.peer, now)
-            and not self._liars.avoided(contact.peer, now)
-        ]
 
     def _start(self, query: Locate, now: float) -> int:
         if len(self._active) >= MAX_ACTIVE_QUERIES:
@@ -388,12 +348,12 @@ class Dht:
         while self._backlog and len(self._active) < MAX_ACTIVE_QUERIES:
             self._start(self._backlog.popleft(), now)
 
-    def _ask(self, query: Locate | None, contact: Contact, request: Message, now: float) -> None:
+    def _ask(
+        self, query: Locate | None, contact: Contact, request: Message, now: float, *, around: bool = False
+    ) -> None:
         """Queue a question."""
-        known = self.table.get(contact.peer)
         number = self._number()
-        limits = self.timeouts.limits(contact.peer)
-        self._questions[number] = _Question(query, contact, known == contact, now, now + limits.soft_s)
+        limits = self.questions.put(number, query, contact, now, around=around)
         request = self._signed_off(request, any(map(is_local, contact.addrs)))
         self._actions.append(Ask(number, contact, request, limits.hard_s))
         if query is not None:
@@ -405,22 +365,14 @@ class Dht:
             return message
         return replace(message, sender=KadPeer(self.own, wire_addrs(self.addrs, local)))
 
-    def _drop(self, question: _Question, now: float) -> None:
+    def _drop(self, question: Question, now: float) -> None:
         query = question.query
         if query is not None and query.id in self._active:
             query.on_failure(question.contact)
             self._advance(query, now)
 
-    def _candidates(self, told: Iterable[KadPeer], seen: Multiaddr | None, now: float) -> list[Contact]:
-        found = []
-        for peer in told:
-            known = self.table.get(peer.peer)
-            contact = known or heard_of(peer, is_local(seen))
-            if known is None and (not contact.addrs or self._avoided.avoided((contact.peer, contact.addrs), now)):
-                continue
-            if contact.peer != self.own:
-                found.append(contact)
-        return self._usable(found, now)
+    def _candidates(self, reply: Message, seen: Multiaddr | None, now: float) -> list[Contact]:
+        return self.questions.candidates(reply.closer_peers, seen, now)
 
     # Peers
 
@@ -429,24 +381,11 @@ class Dht:
             raise RemoteProtocolError(f"{remote.short} says it is {sender.peer.short}")
         contact = heard_of(sender, is_local(seen))
         if contact.addrs:
-            self._avoided.succeeded(remote)
             self._enter(contact, seen, now)
 
     def _enter(self, contact: Contact, seen: Multiaddr | None, now: float) -> None:
-        if self.table.heard(contact, now, seen):
-            self._changes += 1
-            self._handover.note(contact.peer)
-        if self._lost.found(contact.peer):
-            self._refresh_at = min(self._refresh_at, now + self._config.maintenance_s)
-
-    def _ping(self, now: float) -> None:
-        """Ask some silent contacts whether they still live, and now and then a lost one."""
-        busy = {question.contact.peer for question in self._questions.values()}
-        asked = self.table.silent(now, self._config.silence_s, self._config.pings)
-        lost = self._lost.due(now)
-        for contact in asked if lost is None else [*asked, lost]:
-            if contact.peer not in busy:
-                self._ask(None, contact, Message(type=MessageType.PING), now)
+        self.questions.spoke(contact.peer)
+        self.upkeep.spoke(contact.peer, now, entered=self.table.heard(contact, now, seen))
 
     # Our own entries
 
@@ -454,10 +393,6 @@ class Dht:
         self.store.put(entry, entry.ttl_s, Source(self.own), now)
         leased, replicas = LeasedEntry(entry, entry.ttl_s), self._config.replicas
         return self.launch(lambda number, lookup: Publish(number, lookup, leased, replicas), entry.key, now, paths)
-
-    def _give(self, key: bytes, contact: Contact, now: float) -> None:
-        for batch in iter_batches(self.store.live(key, now)):
-            self._ask(None, contact, Message(type=MessageType.PUT_ENTRIES, key=key, entries=batch), now)
 
     # Reading
 

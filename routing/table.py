@@ -28,6 +28,8 @@ REPLACEMENTS: Final = 10
 BUCKET_SUBNET_LIMIT: Final = 2
 TABLE_SUBNET_LIMIT: Final = 10
 MAX_FAILURES: Final = 2
+RECHECK_S: Final = 5.0
+"""A contact that failed is asked again after this: it is told to nobody until it answers, and goes if it does not."""
 SILENCE_FACTOR: Final = 10
 """How much longer than a new contact an old one may be silent before it is asked whether it lives."""
 SEEN_CACHED: Final = 8192
@@ -68,6 +70,7 @@ class _Row:
     since: float
     seen_at: float
     failures: int = 0
+    failed_at: float = 0.0
 
 
 @dataclass(slots=True)
@@ -143,13 +146,14 @@ class Table:
         bucket.spare.pop(contact.peer, None)
         return self._admit(bucket, _Row(contact, index, subnet_of(seen), now, now))
 
-    def failed(self, peer: PeerId) -> bool:
+    def failed(self, peer: PeerId, now: float) -> bool:
         """Note that a contact did not answer. True when it left the table for it."""
         row = self._rows.get(peer)
         if row is None:
             self._forget_spare(peer)
             return False
         row.failures += 1
+        row.failed_at = now
         if row.failures < MAX_FAILURES and not self._buckets[row.bucket].spare:
             return False
         self.remove(peer)
@@ -201,12 +205,13 @@ class Table:
 
         One is due after `base_s` of silence, but after half the time it has been known if that is longer: peers that
         have stayed long tend to stay (Kademlia section 4.1), and asking 200 of them every minute is most of the traffic
-        of an idle node.
+        of an idle node. One that failed is due after RECHECK_S.
         """
         silent = [
             (row.seen_at, row.contact.place, row.contact)
             for row in self._rows.values()
             if now - row.seen_at > min(max(base_s, (row.seen_at - row.since) / 2), SILENCE_FACTOR * base_s)
+            or (row.failures and now - row.failed_at > RECHECK_S)
         ]
         return [contact for _, _, contact in nsmallest(count, silent, key=lambda item: item[:2])]
 

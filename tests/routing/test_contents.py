@@ -251,7 +251,7 @@ def test_a_value_from_a_liar_is_no_value():
 
 
 def test_a_refused_value_is_not_counted_as_held():
-    network = Network(7)
+    network = Network(7, rtt=(0.02, 0.12))
     nodes = grow(network, 6)
     for node in nodes[1:3]:
 

@@ -86,7 +86,7 @@ def test_bad_payload_or_ttl_is_our_callers_fault():
 
 @pytest.mark.parametrize("count", [2, 5, 30])
 def test_everybody_finds_everybodys_entry(count):
-    swarm = Network(count)
+    swarm = Network(count, rtt=(0.02, 0.12))
     nodes = grow(swarm, count)
     for node in nodes:
         result, _ = swarm.publish(node, KEY, str(node.addr).encode())
@@ -378,6 +378,23 @@ def test_nobody_is_marked_offline_by_what_others_say():
     assert dht.table.get(victim) == Contact(victim, (right,))
     dht.locate(b"something", NOW)
     assert Contact(victim, (right,)) in [action.contact for action in dht.actions() if isinstance(action, Ask)]
+
+
+def test_who_connects_is_greeted_although_it_was_silent_before():
+    """A dial may take longer than we wait for an answer: when the connection is there at last, the peer is alive."""
+    dht = machine()
+    slow = Contact(key_of("slow").peer_id, (Multiaddr.parse("/memory/5"),))
+    dht.locate(b"x", NOW, seeds=[slow])
+    (ask,) = [action for action in dht.actions() if isinstance(action, Ask)]
+    dht.on_failure(ask.id, NOW + 1)
+    dht.actions()
+    dht.greet(slow, NOW + 1.1)
+    (greeting,) = dht.actions()
+    dht.on_reply(greeting.id, None, Message(type=MessageType.PING), NOW + 1.2, EPOCH + NOW)
+    assert slow.peer in dht.table
+    dht.misbehaved(slow.peer, NOW + 2)
+    dht.greet(slow, NOW + 3)
+    assert dht.actions() == [], "but a liar is not"
 
 
 def test_addresses_come_from_the_peer_itself_once_it_answers():

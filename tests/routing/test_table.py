@@ -90,16 +90,16 @@ def test_failed_contact_is_hidden_then_replaced_or_dropped():
     first, second, spare = far_bucket(3)
     table.heard(first, 0.0)
     table.heard(second, 0.0)
-    assert not table.failed(first.peer)
+    assert not table.failed(first.peer, 0.0)
     assert table.closest(OWN, 9) == near([second], OWN, 9)
     assert first.peer in table
     table.heard(first, 1.0)
     assert first in table.closest(OWN, 9), "one answer clears it"
     table.heard(spare, 0.0)
-    assert table.failed(first.peer)
+    assert table.failed(first.peer, 0.0)
     assert set(table) == {second, spare}
-    assert not table.failed(second.peer)
-    assert table.failed(second.peer)
+    assert not table.failed(second.peer, 0.0)
+    assert table.failed(second.peer, 0.0)
     assert set(table) == {spare}
 
 
@@ -108,7 +108,7 @@ def test_newcomer_takes_the_place_of_a_failing_contact():
     first, second, third = far_bucket(3)
     table.heard(first, 0.0)
     table.heard(second, 0.0)
-    table.failed(first.peer)
+    table.failed(first.peer, 0.0)
     assert table.heard(third, 0.0)
     assert set(table) == {second, third}
 
@@ -198,6 +198,19 @@ def test_silent_contacts_longest_first_and_suspects_before_all():
     table.suspect(members[4].peer)
     table.suspect(contact(99).peer)
     assert table.silent(12.5, 10.0, 2) == [members[4], members[0]]
+
+
+def test_who_failed_once_is_asked_again_soon():
+    table = Table(OWN)
+    members = crowd(5)
+    for one in members:
+        table.heard(one, 0.0)
+    table.failed(members[2].peer, 20.0)
+    soon = 20.0 + tables.RECHECK_S
+    assert table.silent(soon, 1000.0, 9) == []
+    assert table.silent(soon + 1, 1000.0, 9) == [members[2]]
+    table.heard(members[2], soon + 1)
+    assert table.silent(soon + 2, 1000.0, 9) == []
 
 
 def test_contacts_known_for_long_may_be_silent_for_longer():

@@ -95,3 +95,23 @@ class Uniform:
     def delay_s(self, one: int, two: int, rng: Random) -> float:
         """Half of a random round trip."""
         return rng.uniform(self._low_s, self._high_s) / 2
+
+
+class Busy:
+    """Nodes of one machine that has too little time for them: every second message is held up."""
+
+    def __init__(self, hold_up_s: float) -> None:
+        self.hold_up_s = hold_up_s
+        """In the mean."""
+
+    def place(self, number: int) -> None:
+        """All live at one place."""
+
+    def rtt_s(self, one: int, two: int) -> float:
+        """A loopback's round trip."""
+        return 0.001
+
+    def delay_s(self, one: int, two: int, rng: Random) -> float:
+        """Half of it, and the time until the receiver's turn comes."""
+        waits = self.hold_up_s and rng.random() < 0.5
+        return 0.0005 + (rng.expovariate(1 / self.hold_up_s) if waits else 0.0)

@@ -84,7 +84,7 @@ def teach(network, nodes, samples=40):
                 there_s = network.latency.delay_s(node.number, other.number, network.rng)
                 back_s = network.latency.delay_s(other.number, node.number, network.rng)
                 greeting_s = network.handshake * network.latency.rtt_s(node.number, other.number)
-                node.dht.timeouts.observe(other.peer, there_s + back_s + greeting_s)
+                node.dht.questions.timeouts.observe(other.peer, there_s + back_s + greeting_s)
 
 
 def mean_rtt_s(network, nodes, pairs=4000):

@@ -57,7 +57,7 @@ class Lookups:
 def still(network):
     """Stop everybody's maintenance: only what is measured runs."""
     for node in network.everybody:
-        node.dht._maintenance_at = node.armed = 1e12
+        node.dht.upkeep.due_at = node.armed = 1e12
 
 
 def lookups(count, dead, *, seed=1, tries=100, rivals=(), handshake=0):

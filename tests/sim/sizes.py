@@ -30,15 +30,16 @@ def _varint(number):
 
 
 def _framed(tag, length):
-    return tag + _varint(length) + length
+    return tag + (1 if length < 128 else _varint(length)) + length
 
 
 def _bytes(tag, value):
-    return _framed(tag, len(value))
+    length = len(value)
+    return tag + (1 if length < 128 else _varint(length)) + length
 
 
 def _peer(peer):
-    size = _bytes(1, peer.peer.raw) + (2 if peer.connection else 0)
+    size = 2 + len(peer.peer.raw) + (2 if peer.connection else 0)
     for addr in peer.addrs:
         size += _bytes(1, addr)
     return size

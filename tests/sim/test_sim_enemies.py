@@ -96,7 +96,7 @@ def test_poison_at_ten_honest_nodes():
                 accepted += reply.accepted
             except RemoteProtocolError:
                 network.run(0.1)
-            node.dht._liars.succeeded(mallory.peer)  # let it try everything
+            node.dht.questions._liars.succeeded(mallory.peer)  # let it try everything
             assert not node.dht.store.live(KEY, network.now), name
     assert accepted == 0
 
