@@ -73,6 +73,10 @@ class Basics:
         """Our addresses as peers see them, most often reported first; those of this machine alone left out."""
         return tuple(address for address, _ in Counter(self._observed.values()).most_common())
 
+    def observations(self) -> tuple[tuple[Wire, Multiaddr], ...]:
+        """What the peer of each connection says it sees us at."""
+        return tuple(self._observed.items())
+
     # -- identify --
 
     def _messages(self, observed: Multiaddr | None) -> list[bytes]:
@@ -101,7 +105,10 @@ class Basics:
         return self._sealed
 
     async def _answer_identify(self, stream: Stream) -> None:
-        await stream.write(*self._messages(self._host.address_of(stream)))
+        seen = self._host.address_of(stream)
+        if seen is not None and seen.is_relayed:  # that would be the relay's
+            seen = None
+        await stream.write(*self._messages(seen))
 
     async def _ask(self, wire: Wire) -> None:
         try:
@@ -246,5 +253,5 @@ async def _read_messages(stream: Stream) -> Identify:
 def _is_ours_elsewhere(observed: Multiaddr) -> bool:
     """Whether a reported address can mean us to others too; a relay's cannot, nor one inside a machine."""
     if observed.ip is None:
-        return observed.value("memory") is not None
+        return observed.value("memory") is not None and not observed.is_relayed
     return observed.is_tcp and not (observed.is_loopback or observed.is_unspecified)

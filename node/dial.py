@@ -31,12 +31,17 @@ class DialFailed(Exception):
 
 
 def order(addresses: Iterable[Multiaddr]) -> list[Multiaddr]:
-    """Without doubles, IPv6 and IPv4 in turn, otherwise as given; cut to MAX_ADDRESSES."""
+    """Without doubles, IPv6 and IPv4 in turn, relayed ones last, otherwise as given; cut to MAX_ADDRESSES.
+
+    Where direct addresses alone are too many, half the room is for relayed ones.
+    """
     unique = list(dict.fromkeys(addresses))
-    six = [address for address in unique if address.ip is not None and address.ip.version == 6]
-    rest = [address for address in unique if address not in six]
-    pairs = zip_longest(rest, six)
-    return [address for pair in pairs for address in pair if address is not None][:MAX_ADDRESSES]
+    relayed = [address for address in unique if address.is_relayed][: MAX_ADDRESSES // 2]
+    direct = [address for address in unique if not address.is_relayed]
+    six = [address for address in direct if address.ip is not None and address.ip.version == 6]
+    rest = [address for address in direct if address not in six]
+    pairs = [address for pair in zip_longest(rest, six) for address in pair if address is not None]
+    return [*pairs[: MAX_ADDRESSES - len(relayed)], *relayed]
 
 
 class Race(Generic[T]):

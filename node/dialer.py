@@ -6,11 +6,12 @@ The race between addresses is in dial.py; here is what surrounds it: sharing, de
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Final
 
-from ..protocol.errors import PeerUnreachable
+from ..protocol.errors import PeerUnreachable, SwarmError
 from ..protocol.ids import PeerId
 from ..protocol.multiaddr import Multiaddr
 from .dial import DialFailed, Race, order
@@ -25,6 +26,8 @@ MAX_DIALS: Final = 256
 """Peers being dialed at once."""
 
 _Causes = list[tuple[Multiaddr, str]]
+_Goal = tuple[PeerId, bool]
+"""A peer to connect to, and whether directly. One that dials a relay never waits for one that may use a relay."""
 
 
 class Dialer:
@@ -38,38 +41,43 @@ class Dialer:
         self._book = book
         self._tasks = tasks
         self._transports = transports
-        self._dials: dict[PeerId, asyncio.Future[PeerId]] = {}
+        self._dials: dict[_Goal, asyncio.Future[PeerId]] = {}
+        self.from_listener: Callable[[Multiaddr], bool] = lambda _: False
+        """Whether an address is dialed from the port that others dial, to learn how a router shows that one."""
 
-    async def connect(self, peer: PeerId, addrs: Sequence[Multiaddr], timeout_s: float) -> PeerId:
+    async def connect(
+        self, peer: PeerId, addrs: Sequence[Multiaddr], timeout_s: float, *, direct: bool = False
+    ) -> PeerId:
         """Join the dial of this peer that is under way, or start it. Raises PeerUnreachable.
 
-        Safe to cancel: the dial goes on for the others who wait for it.
+        `direct`: over no relay. Safe to cancel: the dial goes on for the others who wait for it.
         """
-        pending = self._dials.get(peer)
+        pending = self._dials.get((peer, direct))
         if pending is None:  # the dial has this deadline itself, and says more when it passes
-            return await asyncio.shield(self._start(peer, addrs, timeout_s))
+            return await asyncio.shield(self._start((peer, direct), addrs, timeout_s))
         try:
             async with asyncio.timeout(timeout_s):
                 return await asyncio.shield(pending)
         except TimeoutError:
             raise PeerUnreachable(f"cannot reach {peer}: no answer within {timeout_s:g} s") from None
 
-    def _start(self, peer: PeerId, addrs: Sequence[Multiaddr], timeout_s: float) -> asyncio.Future[PeerId]:
+    def _start(self, goal: _Goal, addrs: Sequence[Multiaddr], timeout_s: float) -> asyncio.Future[PeerId]:
+        peer = goal[0]
         if len(self._dials) >= MAX_DIALS:
             raise PeerUnreachable(f"cannot reach {peer}: {MAX_DIALS} other peers are being dialed; try again")
         result: asyncio.Future[PeerId] = asyncio.get_running_loop().create_future()
         # when every waiter is gone nobody retrieves the exception, and that is fine
         result.add_done_callback(lambda done: done.cancelled() or done.exception())
-        task = self._tasks.start(self._background(peer, addrs, timeout_s, result), f"dial {peer.short}")
+        task = self._tasks.start(self._background(goal, addrs, timeout_s, result), f"dial {peer.short}")
         task.add_done_callback(lambda _: result.done() or result.cancel())
-        self._dials[peer] = result
+        self._dials[goal] = result
         return result
 
     async def _background(
-        self, peer: PeerId, addrs: Sequence[Multiaddr], timeout_s: float, result: asyncio.Future[PeerId]
+        self, goal: _Goal, addrs: Sequence[Multiaddr], timeout_s: float, result: asyncio.Future[PeerId]
     ) -> None:
         try:
-            found = await self.dial(peer, addrs, timeout_s)
+            found = await self.dial(goal[0], addrs, timeout_s, direct=goal[1])
         except PeerUnreachable as exc:
             if not result.done():
                 result.set_exception(exc)
@@ -77,14 +85,16 @@ class Dialer:
             if not result.done():
                 result.set_result(found)
         finally:
-            self._dials.pop(peer, None)
+            self._dials.pop(goal, None)
 
-    async def dial(self, peer: PeerId | None, addrs: Sequence[Multiaddr], timeout_s: float) -> PeerId:
+    async def dial(
+        self, peer: PeerId | None, addrs: Sequence[Multiaddr], timeout_s: float, *, direct: bool = False
+    ) -> PeerId:
         """Dial now; with None as peer whoever is there will do. Raises PeerUnreachable."""
         who = "the peer" if peer is None else str(peer)
         try:
             async with asyncio.timeout(timeout_s):
-                return (await self._dial(peer, addrs)).remote
+                return (await self._dial(peer, addrs, direct=direct)).remote
         except TimeoutError:
             tried = ", ".join(map(str, addrs)) or "its known addresses"
             raise PeerUnreachable(
@@ -97,13 +107,16 @@ class Dialer:
     async def dial_bulk(self, peer: PeerId, addrs: Sequence[Multiaddr]) -> Wire:
         """One more connection with a peer, for bulk; `addrs` empty: to those known. Raises PeerUnreachable."""
         try:
-            return await self._dial(peer, addrs, bulk=True)
+            return await self._dial(peer, addrs, bulk=True, direct=True)
         except DialFailed as exc:
             raise PeerUnreachable(f"no bulk connection to {peer}: {exc}") from exc
 
-    async def _dial(self, peer: PeerId | None, addrs: Sequence[Multiaddr], *, bulk: bool = False) -> Wire:
+    async def _dial(
+        self, peer: PeerId | None, addrs: Sequence[Multiaddr], *, bulk: bool = False, direct: bool = False
+    ) -> Wire:
         known = self._book.get(peer).addrs if peer is not None and not (bulk and addrs) else ()
-        usable, causes = await self._usable(peer, tuple(dict.fromkeys((*addrs, *known))))
+        wanted = [addr for addr in dict.fromkeys((*addrs, *known)) if not (direct and addr.is_relayed)]
+        usable, causes = await self._usable(peer, wanted)
         if not usable and not causes:
             raise PeerUnreachable(f"cannot reach {peer or 'a peer'}: no address is known for it; pass one with --peer")
         try:
@@ -120,6 +133,8 @@ class Dialer:
         usable: dict[Multiaddr, Transport] = {}
         causes: _Causes = []
         for address in addrs:
+            if address.is_relayed and address.peer_id is None and peer is not None:
+                address = address.with_peer(peer)  # a relay has to be told whom
             transport = next((t for t in self._transports if t.can_dial(address)), None)
             if transport is None:
                 causes.append((address, _why_not(address)))
@@ -127,7 +142,7 @@ class Dialer:
                 causes.append((address, "names another peer"))
             else:
                 try:
-                    found = await transport.resolve(address.without_peer())
+                    found = await transport.resolve(address if address.is_relayed else address.without_peer())
                 except OSError as exc:
                     self._journal.dialing()
                     self._journal.dial_failed(address, exc)
@@ -140,17 +155,37 @@ class Dialer:
         self, peer: PeerId | None, transports: dict[Multiaddr, Transport], bulk: bool, address: Multiaddr
     ) -> Wire:
         """Dial one address and finish the handshake. Raises OSError or SwarmError."""
+        if not bulk and self.from_listener(address):
+            try:
+                return await self._attempt_from(peer, transports, address, listener=True)
+            except (ConnectionRefusedError, TimeoutError):
+                raise
+            except (OSError, SwarmError):
+                pass  # the port is in use to there, or both of us dialed at once and nobody listened
+        return await self._attempt_from(peer, transports, address, bulk=bulk)
+
+    async def _attempt_from(
+        self,
+        peer: PeerId | None,
+        transports: dict[Multiaddr, Transport],
+        address: Multiaddr,
+        *,
+        bulk: bool = False,
+        listener: bool = False,
+    ) -> Wire:
         made: list[Wire] = []
 
         def factory(where: Multiaddr) -> Wire:
             made.append(self._wires.dialing(where, peer))
             made[-1].bulk = bulk
+            made[-1].from_listener = listener
             return made[-1]
 
         self._journal.dialing()
         try:
-            async with self._wires.dial_turns:
-                await transports[address].dial(address, factory, bulk=bulk)
+            # a circuit takes no turn: the dial of its relay does, and two would wait for each other
+            async with contextlib.nullcontext() if address.is_relayed else self._wires.dial_turns:
+                await transports[address].dial(address, factory, bulk=bulk, from_listener=listener)
                 await self._wires.opened(made[0])
         except BaseException as exc:
             self._journal.dial_failed(address, exc)

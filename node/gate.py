@@ -52,6 +52,7 @@ class Gate:
         self._rates = {
             Kind.ADDRESS: Buckets(rate=limits.accepts_per_ip, burst=limits.connections_per_ip),
             Kind.SUBNET: Buckets(rate=limits.accepts_per_subnet, burst=limits.connections_per_subnet),
+            Kind.RELAY: Buckets(rate=limits.accepts_per_relay, burst=limits.connections_per_relay),
         }
 
     def admit(self, address: Multiaddr) -> Ticket:

@@ -21,6 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final
 
+from ..protocol import identify, ping
 from ..protocol.errors import ConfigError, DeadlineExceeded, PeerUnreachable
 from ..protocol.ids import PeerId, PrivateKey
 from ..protocol.limits import Limiter
@@ -37,6 +38,7 @@ from .journal import DialFailure, EndedConnection, Journal
 from .limits import AllowList, HostLimits, Rules, descriptors
 from .metrics import ConnectionMetrics, HostMetrics, of
 from .peerbook import PeerBook
+from .relay.circuits import Circuits
 from .tasks import Supervisor
 from .transport.base import Listener, ProtocolUnsupported, Stream, Transport
 from .transport.stream import MuxedStream
@@ -48,6 +50,8 @@ __all__ = ["DIAL_TIMEOUT_S", "ConnectionInfo", "Handler", "Host", "HostLimits"]
 
 DIAL_TIMEOUT_S: Final = 10.0
 """Default deadline of connect() and open_stream()."""
+BESIDE_WORK: Final = frozenset((identify.PROTOCOL, identify.PUSH_PROTOCOL, ping.PROTOCOL))
+"""What may go over a connection whose relay passes hardly anything on."""
 ADDRS_FOR_S: Final = 10.0
 """How long the machine's own addresses, behind a wildcard, are believed."""
 
@@ -143,6 +147,9 @@ class Host:
             on_stream=self._handlers.take,
         )
         self._wires.on_disconnect.append(self.book.left)
+        self.circuits = Circuits(self, self._wires, self._tasks)
+        """Connections through relays, and our places at them."""
+        self._transports = (*self._transports, self.circuits)
         self._dialer = Dialer(self._wires, self.book, self._tasks, self._transports, self._journal)
         self._basics = Basics(self, self._tasks)
         if trace_dir is not None:
@@ -197,13 +204,18 @@ class Host:
         return listener.address
 
     @property
+    def bound_addrs(self) -> tuple[Multiaddr, ...]:
+        """Addresses we listen on ourselves, wildcards expanded, without /p2p."""
+        return tuple(dict.fromkeys(real for listener in self._listeners for real in expand(listener.address)))
+
+    @property
     def listen_addrs(self) -> tuple[Multiaddr, ...]:
         """Addresses others can dial, each ending in our /p2p/<id>: those advertised, then wildcards expanded,
         relayed ones last."""
         now = self.clock.now()
         if now >= self._addrs_until:  # asking the kernel for its routes is not for every message
             found = [addr for addrs in self._advertised.values() for addr in addrs]
-            found += [real for listener in self._listeners for real in expand(listener.address)]
+            found += self.bound_addrs
             found.sort(key=lambda addr: addr.is_relayed)
             self._addrs = tuple(dict.fromkeys(address.with_peer(self.peer_id) for address in found))
             self._addrs_until = now + ADDRS_FOR_S
@@ -224,6 +236,26 @@ class Host:
     def observed_addrs(self) -> tuple[Multiaddr, ...]:
         """Our addresses as peers see them, most often reported first."""
         return self._basics.observed_addrs()
+
+    def observations(self) -> tuple[tuple[Wire, Multiaddr], ...]:
+        """Each direct connection whose peer told where it sees us, and where."""
+        return tuple((wire, seen) for wire, seen in self._basics.observations() if not wire.address.is_relayed)
+
+    def dial_from_listener(self, wanted: Callable[[Multiaddr], bool]) -> None:
+        """Dial the addresses that `wanted` names from the port that others dial."""
+        self._dialer.from_listener = wanted
+
+    async def dial_anew(self, peer: PeerId, address: Multiaddr) -> Wire:
+        """One more connection to a peer, at exactly this address, from a port of its own. The caller closes it.
+
+        Raises PeerUnreachable.
+        """
+        return await self._dialer.dial_bulk(peer, [address])
+
+    @property
+    def wires(self) -> Sequence[Wire]:
+        """Every open connection itself."""
+        return tuple(self._wires)
 
     # -- protocols --
 
@@ -291,7 +323,7 @@ class Host:
             bulk=wire.bulk,
             opened_at=wire.opened_at,
             age_s=self.clock.now() - wire.opened_at,
-            relayed=wire.address.is_relayed,
+            relayed=wire.relayed,
             rtt_s=wire.rtt_s,
             rtt_min_s=wire.life.rtt_min_s,
             rtt_last_s=wire.life.rtt_last_s,
@@ -354,25 +386,31 @@ class Host:
     # -- connections and streams --
 
     async def connect(
-        self, peer: PeerId | None, addrs: Sequence[Multiaddr] = (), *, timeout_s: float = DIAL_TIMEOUT_S
+        self,
+        peer: PeerId | None,
+        addrs: Sequence[Multiaddr] = (),
+        *,
+        timeout_s: float = DIAL_TIMEOUT_S,
+        direct: bool = False,
     ) -> PeerId:
         """Have a connection to `peer` (None: to whoever is at `addrs`), reusing an open one; returns its id.
 
-        Known addresses are tried besides `addrs`. Raises PeerUnreachable naming each address and its cause.
+        Known addresses are tried besides `addrs`. `direct`: one over a relay will not do. Raises PeerUnreachable naming
+        each address and its cause.
         """
         if peer is None:
             named = {address.peer_id for address in addrs}
             peer = named.pop() if len(named) == 1 else None
         if peer is None:
-            return await self._dialer.dial(None, addrs, timeout_s)
+            return await self._dialer.dial(None, addrs, timeout_s, direct=direct)
         if peer == self.peer_id:
             raise PeerUnreachable(f"{peer} is this node itself; give the address of another one")
-        if self._wires.has_latency(peer):
+        if self._wires.direct(peer) if direct else self._wires.has_latency(peer):
             return peer
         try:
-            return await self._dialer.connect(peer, addrs, timeout_s)
+            return await self._dialer.connect(peer, addrs, timeout_s, direct=direct)
         except PeerUnreachable:
-            if self.is_connected(peer):  # by connections for bulk only, and those must do
+            if self.is_connected(peer) and not direct:  # by connections for bulk only, and those must do
                 return peer
             raise
 
@@ -402,7 +440,7 @@ class Host:
                     if (lane := await self._bulk.wire(peer)) is not None:
                         return await self.open_on(lane, protocol)
                     await self.connect(peer, addrs, timeout_s=timeout_s)  # a full peer may have dropped that one
-                return await self.open_on(self._wires.best(peer), protocol)
+                return await self.open_on(_fit(self._wires.best(peer), protocol), protocol)
         except TimeoutError:
             raise DeadlineExceeded(f"{peer} did not answer for {protocol} within {timeout_s:g} s") from None
 
@@ -428,6 +466,16 @@ class Host:
             await stream.close()
             raise ProtocolUnsupported(f"{stream.remote} does not speak {protocol}; it may be an older version")
         return stream
+
+
+def _fit(wire: Wire, protocol: str) -> Wire:
+    """The wire, if the relay that carries it lets pass enough for the protocol. Raises PeerUnreachable."""
+    if wire.hindered and protocol not in BESIDE_WORK:
+        raise PeerUnreachable(
+            f"{wire.remote} is connected over a relay that passes little on ({wire.limit}): too little for {protocol}; "
+            "use a relay without such limits, or make one end reachable"
+        )
+    return wire
 
 
 def _subscribe(callbacks: list[PeerCallback], callback: PeerCallback) -> Callable[[], None]:

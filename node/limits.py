@@ -13,6 +13,7 @@ from ..protocol.ids import PeerId
 from ..protocol.limits import Amounts, Kind, Resource, Scope
 from ..protocol.multiaddr import Multiaddr
 from ..protocol.noise import MAX_PLAINTEXT, FrameReader
+from ..protocol.relay import CircuitAddress
 from .transport.wire import HANDSHAKE_TIMEOUT_S
 
 logger = logging.getLogger(__name__)
@@ -50,6 +51,10 @@ class HostLimits:
     """Connections accepted from one address a second, after as many at once as may be open; loopback is exempt."""
     accepts_per_subnet: float = 16.0
     """The same from one subnet."""
+    connections_per_relay: int = 256
+    """Accepted connections that one relay carries: where they come from only it knows."""
+    accepts_per_relay: float = 16.0
+    """The same a second."""
     connections_per_peer: int = 16
     """Connections with one proven identity, both ways."""
     handshakes: int = 128
@@ -154,6 +159,7 @@ class Rules:
             Kind.TRANSIENT: {r.CONNECTIONS_IN: limits.handshakes, r.STREAMS_IN: limits.negotiating},
             Kind.ADDRESS: {r.CONNECTIONS_IN: limits.connections_per_ip},
             Kind.SUBNET: {r.CONNECTIONS_IN: limits.connections_per_subnet},
+            Kind.RELAY: {r.CONNECTIONS_IN: limits.connections_per_relay},
             Kind.PEER: {
                 r.CONNECTIONS: limits.connections_per_peer,
                 r.STREAMS_IN: limits.streams_in_per_peer,
@@ -213,6 +219,8 @@ class AllowList:
 
 def origin(address: Multiaddr, *, limit_loopback: bool) -> tuple[Scope, ...]:
     """The scopes of where a connection came from: none for loopback and for what has no IP address."""
+    if (circuit := CircuitAddress.of(address)) is not None:
+        return (Scope(Kind.RELAY, circuit.relay),)
     ip = _ip(address)
     if ip is None or (address.is_loopback and not limit_loopback):
         return ()
@@ -223,7 +231,7 @@ def origin(address: Multiaddr, *, limit_loopback: bool) -> tuple[Scope, ...]:
 
 
 def _ip(address: Multiaddr) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    ip = address.ip
+    ip = None if address.is_relayed else address.ip  # there it is the relay's
     return (ip.ipv4_mapped or ip) if isinstance(ip, ipaddress.IPv6Address) else ip
 
 

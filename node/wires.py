@@ -104,15 +104,22 @@ class Wires:
         """Whether a wire is open that is not for bulk."""
         return any(wire.is_open and not wire.bulk for wire in self.to(peer))
 
+    def direct(self, peer: PeerId) -> Wire | None:
+        """A wire that no relay carries; for bulk only if there is no other."""
+        found = (wire for wire in self.to(peer) if wire.is_open and not wire.relayed)
+        return min(found, key=lambda wire: wire.bulk, default=None)
+
     def best(self, peer: PeerId) -> Wire:
-        """The wire for a new stream: the oldest that is good, the same one every time; for bulk only if there is none.
+        """The wire for a new stream: the oldest that is good, the same one every time; for bulk, or over a relay, only
+        if there is no other.
 
         Raises ConnectionClosed, or OverLimit when we have too many streams with the peer.
         """
         limit = self.limits.streams_out_per_peer
         if sum(wire.streams_out for wire in self.to(peer)) >= limit:
             raise OverLimit(Scope(Kind.PEER, peer), Resource.STREAMS_OUT, limit)
-        wire = min((wire for wire in self.to(peer) if wire.is_open), key=lambda wire: wire.bulk, default=None)
+        found = (wire for wire in self.to(peer) if wire.is_open)
+        wire = min(found, key=lambda wire: (wire.relayed, wire.bulk), default=None)
         if wire is None:
             raise ConnectionClosed(f"the connection to {peer.short} was lost right after it opened")
         return wire

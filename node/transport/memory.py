@@ -17,6 +17,7 @@ import random
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
+from enum import StrEnum
 
 from ...protocol.errors import ConfigError
 from ...protocol.multiaddr import Multiaddr
@@ -193,12 +194,12 @@ class MemoryTransport:
         """Dials to it get no answer; it can dial."""
 
     def can_dial(self, address: Multiaddr) -> bool:
-        """Memory addresses only."""
-        return address.value("memory") is not None
+        """Memory addresses only, without a relay."""
+        return address.value("memory") is not None and not address.is_relayed
 
     def can_listen(self, address: Multiaddr) -> bool:
-        """Memory addresses only."""
-        return address.value("memory") is not None
+        """Memory addresses only, without a relay."""
+        return address.value("memory") is not None and not address.is_relayed
 
     async def resolve(self, address: Multiaddr) -> Sequence[Multiaddr]:
         """There are no names here."""

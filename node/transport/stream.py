@@ -194,6 +194,13 @@ class MuxedStream:
         if mux.queued:
             await self._drained(0 if before else total, prefix)
 
+    def write_now(self, data: bytes | bytearray | memoryview) -> bool:
+        """Send in one frame, at once; False when that cannot be: then it has to be written."""
+        mux, wire = self._mux, self._wire
+        if wire.error is not None or mux.reset_by is not None or mux.fin_due or self._prefix or mux.id in wire.writers:
+            return False
+        return wire.send_now(mux, (data,))
+
     async def _drained(self, total: int, prefix: bytes) -> None:
         """Wait until all is framed. Cancelled while `total` bytes still wait, nothing was: they are withdrawn."""
         mux, wire = self._mux, self._wire

@@ -21,6 +21,7 @@ from ...protocol.ids import PeerId
 from ...protocol.link_rate import SMALL_FRAME, LinkRate
 from ...protocol.multiaddr import Multiaddr
 from ...protocol.pace import Chores, Pace
+from ...protocol.relay import Limit
 from ...protocol.yamux import MAX_DATA, MAX_UNACKED, Event, Opened, Pong, Session, WentAway
 from ...protocol.yamux_frames import GoAway
 from ...protocol.yamux_stream import MuxStream, Part, Readable, Writable
@@ -104,7 +105,10 @@ class Wire(asyncio.BufferedProtocol):
         "bytes_out",
         "cut_for",
         "error",
+        "from_listener",
+        "largest_frame",
         "life",
+        "limit",
         "loop",
         "opened_at",
         "outbound",
@@ -131,6 +135,12 @@ class Wire(asyncio.BufferedProtocol):
         """We dialed it."""
         self.bulk = False
         """Made for throughput: no stream that is in a hurry goes here while there is another."""
+        self.from_listener = False
+        """We dialed it from the port that others dial: a router in between shows that port's address."""
+        self.limit: Limit | None = None
+        """What the relay lets pass of a relayed connection; None: everything, as far as it says."""
+        self.largest_frame = MAX_DATA
+        """Payload bytes of a frame at most."""
         self.opened_at = clock.now()
         self.life = life or Life(clock)
         """Numbers and events that tell how it went."""
@@ -197,6 +207,16 @@ class Wire(asyncio.BufferedProtocol):
     def session(self) -> Session:
         """The yamux session, to look at."""
         return self._session
+
+    @property
+    def relayed(self) -> bool:
+        """Another peer carries it."""
+        return self.address.is_relayed
+
+    @property
+    def hindered(self) -> bool:
+        """Its relay allows too little for work: only what makes better connections goes over it."""
+        return self.limit is not None and not self.limit.is_ample
 
     @property
     def stream_count(self) -> int:
@@ -304,7 +324,7 @@ class Wire(asyncio.BufferedProtocol):
         self.life.resumed()
         self.pump()
         self._rate.resumed(self._clock.now(), self.bytes_out, full=self._paused)
-        self._session.frame_limit = SMALL_FRAME if self._rate.is_slow else MAX_DATA
+        self._session.frame_limit = SMALL_FRAME if self._rate.is_slow else self.largest_frame
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The link is gone."""

@@ -15,6 +15,7 @@ from functools import partial
 
 import pytest
 from helpers.hosts import at_rest, hosts
+from helpers.relayed import relayed_hosts
 from helpers.terrible import Gentle
 from swarmnode.node.host import Host
 from swarmnode.node.transport import loopback
@@ -78,6 +79,16 @@ class World:
         await at_rest(self.one, self.two)
 
 
+@contextlib.asynccontextmanager
+async def through_relay(kind: str, *, swapped: bool = False, **path: float) -> AsyncIterator[World]:
+    """Streams over a connection that a third host carries; `swapped` as above."""
+    network = MemoryNetwork(random.Random(0), **path)
+    async with relayed_hosts(kind, network) as (one, two):
+        if swapped:
+            await two.connect(one.peer_id)
+        yield World(one, two, yamux.STREAM_WINDOW)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kind:
     """One kind of stream."""
@@ -121,7 +132,11 @@ KINDS = [
     Kind(name="far", world=partial(between, "memory", latency_s=0.02, jitter_s=0.01, rate=100e6)),
     Kind(name="bulk", world=partial(between, "memory", latency_s=0.02, bulk=True)),
     Kind(name="choppy", world=partial(between, "memory", latency_s=0.01, weather=9)),
+    Kind(name="relayed", world=partial(through_relay, "memory", latency_s=0.001)),
+    Kind(name="relayed-far", world=partial(through_relay, "memory", latency_s=0.02, jitter_s=0.01, rate=100e6)),
+    Kind(name="relayed-accepted", world=partial(through_relay, "memory", latency_s=0.001, swapped=True)),
     Kind(name="tcp", world=partial(between, "tcp"), virtual=False),
+    Kind(name="relayed-tcp", world=partial(through_relay, "tcp"), virtual=False),
 ]
 
 

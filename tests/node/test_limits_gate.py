@@ -243,4 +243,7 @@ def test_every_reason_is_documented():
     cuts = set(re.findall(r'cut_for = (?:self.cut_for or )?"([a-z-]+)"|_refuse\(stream, "([a-z-]+)"', code))
     named = {name for pair in cuts for name in pair if name}
     assert len(named) >= 7
-    assert named | scopes | {"address-rate", "subnet-rate", "tasks-full", "protocol-peer-streams-in"} == documented
+    assert (
+        named | scopes | {"address-rate", "subnet-rate", "relay-rate", "tasks-full", "protocol-peer-streams-in"}
+        == documented
+    )
