@@ -13,11 +13,12 @@ reset) unless `weather` breaks them.
 from __future__ import annotations
 
 import asyncio
+import errno
 import random
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Final
 from enum import StrEnum
+from typing import Any, Final
 
 from ...protocol.errors import ConfigError
 from ...protocol.multiaddr import Multiaddr
@@ -30,6 +31,19 @@ it."""
 Factory = Callable[[Multiaddr], asyncio.BufferedProtocol]
 Trace = Callable[[float, str, int, int, int], None]
 """(time, what, number of the transport it comes from, of the one it goes to, bytes)."""
+
+
+class Nat(StrEnum):
+    """What stands between a host and the network; tests/lab/nat.py has the same in real namespaces."""
+
+    OPEN = "open"
+    """Nothing."""
+    FULL = "full"
+    """One outside address for what is dialed from the listening port, and anybody may dial that."""
+    CONE = "cone"
+    """The same, but only for hosts that were dialed from there before."""
+    SYMMETRIC = "symmetric"
+    """Another outside address for each dial; nobody gets in."""
 
 
 class MemoryNetwork:
@@ -70,13 +84,15 @@ class MemoryNetwork:
         self._held: set[frozenset[MemoryTransport]] = set()
         self._gone: set[MemoryTransport] = set()
         self._unanswered: dict[asyncio.Future[None], None] = {}
+        self._outside: dict[int, tuple[MemoryTransport, int]] = {}
+        """Outside address -> host behind a NAT, and where it listens."""
         self._next = 1
         self._transports = 0
 
-    def transport(self, *, private: bool = False) -> MemoryTransport:
-        """A new host's access to the network; `private`: as behind a NAT, dials to it get no answer."""
+    def transport(self, *, private: bool = False, nat: Nat | None = None) -> MemoryTransport:
+        """A new host's access to the network; `private`: behind the common NAT, dials to it get no answer."""
         self._transports += 1
-        return MemoryTransport(self, self._transports, private)
+        return MemoryTransport(self, self._transports, nat or (Nat.CONE if private else Nat.OPEN))
 
     def crash(self, transport: MemoryTransport) -> None:
         """The process dies, as by kill -9: its listeners close, the other ends of its links see a reset."""
@@ -128,7 +144,7 @@ class MemoryNetwork:
 
     def number(self) -> int:
         """An address nobody uses."""
-        while self._next in self._listeners:
+        while self._next in self._listeners or self._next in self._outside:
             self._next += 1
         self._next += 1
         return self._next - 1
@@ -142,15 +158,41 @@ class MemoryNetwork:
     def unbind(self, number: int) -> None:
         """Stop listening."""
         self._listeners.pop(number, None)
+        self._outside = {outer: inner for outer, inner in self._outside.items() if inner[1] != number}
 
-    async def connect(self, source: MemoryTransport, address: Multiaddr, factory: Factory) -> None:
+    def _listening(self, owner: MemoryTransport) -> int | None:
+        return next((number for number, (other, _) in self._listeners.items() if other is owner), None)
+
+    def _shown(self, source: MemoryTransport, from_listener: bool) -> int:
+        """The address that a dialed host sees. Raises OSError."""
+        if not from_listener or source.nat is Nat.SYMMETRIC:
+            return self.number()
+        inner = self._listening(source)
+        if inner is None:
+            raise OSError(errno.EADDRNOTAVAIL, "no listening address to dial from")
+        if source.nat is Nat.OPEN:
+            return inner
+        outer = next((outer for outer, known in self._outside.items() if known == (source, inner)), None)
+        if outer is None:
+            outer = self.number()
+            self._outside[outer] = source, inner
+        return outer
+
+    async def connect(
+        self, source: MemoryTransport, address: Multiaddr, factory: Factory, *, from_listener: bool = False
+    ) -> None:
         """Make a link, one round trip later. Raises OSError."""
         self.dials += 1
-        number = int(address.value("memory") or 0)
+        number = outer = int(address.value("memory") or 0)
+        if outer in self._outside:
+            number = self._outside[outer][1]
         owner = self._listeners[number][0] if number in self._listeners else source
+        shown = self._shown(source, from_listener)
+        if from_listener:
+            source.dialed.add(owner)
         self.note("dial", source, owner)
         await asyncio.sleep(2 * self.delay(source, owner))
-        await self._answered(source, owner)
+        await self._answered(source, owner, through=outer in self._outside)
         found = self._listeners.get(number)
         if found is None or frozenset((source, found[0])) in self._cut:
             raise ConnectionRefusedError("connection refused")
@@ -161,12 +203,12 @@ class MemoryNetwork:
         here, there = _Link(self, source), _Link(self, target)
         here.peer, there.peer = there, here
         self._links[here] = self._links[there] = None
-        there.start(accept(Multiaddr((("memory", str(self.number())),))))
+        there.start(accept(Multiaddr((("memory", str(shown)),))))
         here.start(factory(address))
 
-    async def _answered(self, source: MemoryTransport, target: MemoryTransport) -> None:
-        """Wait for the first answer to a dial; for ever, if the target cannot be reached."""
-        while (target.private and source is not target) or self.silent(source, target):
+    async def _answered(self, source: MemoryTransport, target: MemoryTransport, *, through: bool) -> None:
+        """Wait for the first answer to a dial; for ever, if the target cannot be reached. `through`: its NAT."""
+        while not (source is target or target.lets_in(source, through)) or self.silent(source, target):
             waiter = asyncio.get_running_loop().create_future()
             self._unanswered[waiter] = None
             try:
@@ -186,12 +228,25 @@ class MemoryNetwork:
 class MemoryTransport:
     """One host's access to a MemoryNetwork."""
 
-    def __init__(self, network: MemoryNetwork, number: int, private: bool) -> None:
+    def __init__(self, network: MemoryNetwork, number: int, nat: Nat) -> None:
         self.network = network
         self.number = number
         """Which of the network's transports it is, from 1."""
-        self.private = private
-        """Dials to it get no answer; it can dial."""
+        self.nat = nat
+        """What stands in front of it."""
+        self.dialed: set[MemoryTransport] = set()
+        """Whom it has dialed from where it listens."""
+
+    @property
+    def private(self) -> bool:
+        """Dials to where it listens get no answer; it can dial."""
+        return self.nat is not Nat.OPEN
+
+    def lets_in(self, source: MemoryTransport, through: bool) -> bool:
+        """Whether a dial gets to it: to its outside address, or to where it listens."""
+        if not through:
+            return self.nat is Nat.OPEN
+        return self.nat is Nat.FULL or (self.nat is Nat.CONE and source in self.dialed)
 
     def can_dial(self, address: Multiaddr) -> bool:
         """Memory addresses only, without a relay."""
@@ -209,7 +264,7 @@ class MemoryTransport:
         self, address: Multiaddr, factory: Factory, *, bulk: bool = False, from_listener: bool = False
     ) -> None:
         """Make a link. Raises OSError."""
-        await self.network.connect(self, address.without_peer(), factory)
+        await self.network.connect(self, address.without_peer(), factory, from_listener=from_listener)
 
     async def listen(self, address: Multiaddr, factory: Factory) -> MemoryListener:
         """Listen; /memory/0 takes a free number. Raises ConfigError."""
