@@ -113,8 +113,16 @@ _sampling = _options(
     _option("--top-k", type=int, default=0, metavar="K", help="Keep the K likeliest tokens; 0 keeps all."),
     _option("--min-p", type=float, default=0.0, metavar="P", help="Keep tokens this likely beside the likeliest."),
     _option("--seed", type=int, default=None, metavar="S", help="Same seed, same text. Default: a random one."),
-    _option("--repetition-penalty", type=float, default=1.0, metavar="R", help="Above 1, discourage repeated tokens."),
+    _option(
+        "--repetition-penalty", type=float, default=1.0, metavar="R", help="Above 1, make tokens seen less likely."
+    ),
+    _option("--frequency-penalty", type=float, default=0.0, metavar="F", help="Taken off per time a token was seen."),
+    _option("--presence-penalty", type=float, default=0.0, metavar="F", help="Taken off once a token was seen."),
+    _option("--penalty-last-n", type=int, default=0, metavar="N", help="Tokens penalties look back at; 0: all."),
+    _option("--logit-bias", multiple=True, metavar="ID=BIAS", help="Add BIAS to a token's logit. Repeatable."),
+    _option("--logprobs", type=int, default=0, metavar="N", help="With --json, the N likeliest tokens at each place."),
     _option("--stop", multiple=True, metavar="TEXT", help="Stop before this text. Repeatable."),
+    _option("--stop-token", type=int, multiple=True, metavar="ID", help="Stop at this token id. Repeatable."),
     _option(
         "--wire",
         default="auto",

@@ -249,9 +249,16 @@ def _generation_json(model: RemoteModel, written: list[Piece], stats: Generation
         "text": "".join(piece.text for piece in written),
         "token_ids": [piece.token_id for piece in written],
         "logprobs": [piece.logprob for piece in written],
+        **_top_logprobs(written),
         "finish_reason": written[-1].finish_reason if written else None,
         "stats": None if stats is None else _stats_json(stats),
     }
+
+
+def _top_logprobs(written: list[Piece]) -> dict[str, object]:
+    if not any(piece.top_logprobs for piece in written):
+        return {}
+    return {"top_logprobs": [[list(pair) for pair in piece.top_logprobs] for piece in written]}
 
 
 def _stats_json(stats: GenerationStats) -> dict[str, object]:

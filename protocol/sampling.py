@@ -7,7 +7,8 @@ once, by the client, and a new tail after a failover continues the same text.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Final
 
 import msgpack
@@ -20,7 +21,11 @@ MAX_PENALTY: Final = 100.0
 MAX_LOOKBACK: Final = 2**20
 """Tokens of history the penalties may look at."""
 MAX_SEED: Final = 2**63 - 1
+MAX_BIASES: Final = 1024
+MAX_BIAS: Final = 100.0
+MAX_CHOICES: Final = 256
 MAX_WIRE_BYTES: Final = 1024
+"""Of what a tail can be given; with more the client samples, and logits travel."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +61,10 @@ class SamplingParams:
     """Subtracted from the logit of every token seen."""
     penalty_last_n: int = 0
     """How many of the last tokens the penalties look at; 0 is all of them."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token id, what is added to its logit), before anything else; a mapping may be given."""
+    choices: int = 1
+    """Sequences written after each prompt: those of one prompt stand on so many lanes in a row, see `for_lane`."""
 
     def __post_init__(self) -> None:
         _number("temperature", self.temperature, 0.0, MAX_TEMPERATURE)
@@ -67,6 +76,8 @@ class SamplingParams:
         _number("frequency_penalty", self.frequency_penalty, -MAX_PENALTY, MAX_PENALTY)
         _number("presence_penalty", self.presence_penalty, -MAX_PENALTY, MAX_PENALTY)
         _whole("penalty_last_n", self.penalty_last_n, 0, MAX_LOOKBACK)
+        _whole("choices", self.choices, 1, MAX_CHOICES)
+        object.__setattr__(self, "logit_bias", _biases(self.logit_bias))
 
     @property
     def greedy(self) -> bool:
@@ -78,8 +89,23 @@ class SamplingParams:
         """The choice depends on the history, not on the logits alone."""
         return (self.repetition_penalty, self.frequency_penalty, self.presence_penalty) != (1.0, 0.0, 0.0)
 
+    @property
+    def adjusts(self) -> bool:
+        """Logits are changed before the choice."""
+        return self.penalized or bool(self.logit_bias)
+
+    def for_lane(self, lane: int) -> SamplingParams:
+        """What the sequence on this lane is drawn with: the first of each prompt's has the seed itself."""
+        number = lane % self.choices
+        return self if number == 0 else replace(self, seed=(self.seed + number) % (MAX_SEED + 1))
+
+    @property
+    def fits_wire(self) -> bool:
+        """Whether a tail can be given them."""
+        return len(self.to_wire()) <= MAX_WIRE_BYTES
+
     def to_wire(self) -> bytes:
-        """A msgpack map with integer keys; values equal to the default are left out. At most MAX_WIRE_BYTES."""
+        """A msgpack map with integer keys; values equal to the default are left out."""
         values = {key: getattr(self, name) for key, name in _WIRE_KEYS.items()}
         changed = {key: value for key, value in values.items() if value != getattr(_DEFAULT, _WIRE_KEYS[key])}
         packed: bytes = msgpack.packb(changed)
@@ -113,6 +139,8 @@ _WIRE_KEYS: Final = {
     7: "frequency_penalty",
     8: "presence_penalty",
     9: "penalty_last_n",
+    10: "logit_bias",
+    11: "choices",
 }
 """Never renumber."""
 
@@ -128,6 +156,24 @@ def _number(name: str, value: object, low: float, high: float, *, above_low: boo
 def _whole(name: str, value: object, low: int, high: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
         raise ConfigError(f"{name} is {_shown(value)}: use a whole number {low} to {high}")
+
+
+def _biases(given: object) -> tuple[tuple[int, float], ...]:
+    """Pairs by rising id. Raises ConfigError for what is no token id, no bias, or named twice."""
+    pairs = list(given.items()) if isinstance(given, Mapping) else given
+    if not isinstance(pairs, list | tuple) or len(pairs) > MAX_BIASES:
+        raise ConfigError(f"logit_bias is {_shown(given)}: use up to {MAX_BIASES} pairs of token id and bias")
+    made: dict[int, float] = {}
+    for pair in pairs:
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise ConfigError(f"logit_bias has {_shown(pair)}: use pairs of token id and bias")
+        token, bias = pair
+        _whole("a token id of logit_bias", token, 0, MAX_TOP_K)
+        _number(f"logit_bias of token {token}", bias, -MAX_BIAS, MAX_BIAS)
+        if token in made:
+            raise ConfigError(f"logit_bias names token {token} twice: add the two up")
+        made[token] = float(bias)
+    return tuple(sorted(made.items()))
 
 
 def _shown(value: object) -> str:

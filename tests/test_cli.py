@@ -22,6 +22,7 @@ from swarmnode.protocol import errors
 from swarmnode.protocol.ids import PrivateKey
 from swarmnode.protocol.invite import Invite
 from swarmnode.protocol.multiaddr import Multiaddr
+from swarmnode.protocol.sampling import SamplingParams
 
 PEER = PrivateKey.from_seed(bytes(32)).peer_id
 ADDRESS = f"/ip4/127.0.0.1/tcp/4001/p2p/{PEER}"
@@ -124,6 +125,17 @@ def test_every_verb_has_help_and_the_page_is_fresh():
         (["generate", "hi", "--min-p", "2"], ["min_p is 2"]),
         (["generate", "hi", "--seed", "-1"], ["seed is -1"]),
         (["generate", "hi", "--repetition-penalty", "0"], ["repetition_penalty is 0"]),
+        (["generate", "hi", "--frequency-penalty", "101"], ["frequency_penalty is 101", "-100 to 100"]),
+        (["generate", "hi", "--presence-penalty", "x"], ["--presence-penalty", "'x'"]),
+        (["generate", "hi", "--penalty-last-n", "-1"], ["penalty_last_n is -1"]),
+        (["generate", "hi", "--logit-bias", "7"], ["--logit-bias '7'", "ID=BIAS"]),
+        (["generate", "hi", "--logit-bias", "7=x"], ["--logit-bias '7=x'", "ID=BIAS"]),
+        (["generate", "hi", "--logit-bias", "7=101"], ["logit_bias of token 7 is 101", "-100 to 100"]),
+        (["generate", "hi", "--logit-bias", "7=1", "--logit-bias", "7=2"], ["token 7 twice"]),
+        (["generate", "hi", "--logprobs", "-1"], ["--logprobs is -1", "0 to 100"]),
+        (["generate", "hi", "--stop-token", "x"], ["--stop-token", "'x'"]),
+        (["generate", "hi", "--speculate", "always"], ["--speculate is 'always'", "auto, ngram, off"]),
+        (["generate", "hi", "--draft", "m", "--speculate", "off"], ["--draft", "auto"]),
         (["generate", "hi", "--max-new-tokens", "0"], ["--max-new-tokens is 0", "at least 1"]),
         (["generate", "hi", "--wire", "fp16"], ["unknown wire codec 'fp16'", "bf16"]),
         (["ping", "nowhere"], ["malformed address 'nowhere'"]),
@@ -207,6 +219,37 @@ def test_a_flag_beats_the_environment_beats_the_file_beats_the_default(asked, mo
     assert (asked.how.max_new_tokens, asked.config.swarm) == (7, "environment")
 
 
+def test_every_option_of_a_generation_arrives(asked):
+    words = (
+        "--temperature 0.5 --top-p 0.9 --top-k 5 --min-p 0.1 --repetition-penalty 1.2 --frequency-penalty 0.3 "
+        "--presence-penalty -0.4 --penalty-last-n 64 --logit-bias 7=-1.5 --logit-bias 9=2 --logprobs 3 --stop a "
+        "--stop b --stop-token 4 --stop-token 5 --seed 8 --wire bf16 --draft small --stats --max-new-tokens 11"
+    )
+    assert run("generate", "hi", *words.split())[0] == 0
+    options = asked.how.options
+    assert options.pop("sampling") == SamplingParams(
+        temperature=0.5,
+        top_p=0.9,
+        top_k=5,
+        min_p=0.1,
+        repetition_penalty=1.2,
+        frequency_penalty=0.3,
+        presence_penalty=-0.4,
+        penalty_last_n=64,
+        logit_bias={7: -1.5, 9: 2},
+        seed=8,
+    )
+    assert options == {
+        "max_new_tokens": 11,
+        "stop": ("a", "b"),
+        "stop_token_ids": (4, 5),
+        "top_logprobs": 3,
+        "wire": "bf16",
+        "speculate": "auto",
+        "draft": "small",
+    }
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -259,6 +302,7 @@ def test_seeds_differ_unless_given(asked):
 
 class CardboardModel:
     name, digest = "toy", bytes(32)
+    stats = {}  # noqa: RUF012 - a constant
 
     def __init__(self, pieces, failure=None):
         self._pieces, self._failure = pieces, failure
@@ -267,7 +311,9 @@ class CardboardModel:
 
     async def generate(self, prompt, **how):
         self.prompts.append(prompt)
-        self.last_stats = GenerationStats(prompt_tokens=3, new_tokens=2, route=("a[0:2]",), wire="bf16", decode_s=0.5)
+        self.last_stats = GenerationStats(
+            prompt_tokens=3, new_tokens=2, route=("a[0:2]",), wire="bf16", decode_s=0.5, **self.stats
+        )
         for piece in self._pieces:
             yield piece
         if self._failure is not None:
@@ -424,6 +470,19 @@ def test_generate_json(node):
     assert code == 0
     assert (body["text"], body["token_ids"], body["finish_reason"]) == ("Hello", [1, 2], "length")
     assert body["stats"]["tokens_per_s"] == 2.0
+
+
+def test_generate_json_with_log_probabilities(node):
+    top = ((1, -0.1), (2, -2.5))
+    node.model_ = CardboardModel([Piece(text="x", token_id=1, logprob=-0.1, finish_reason="stop", top_logprobs=top)])
+    body = json.loads(run("generate", "hi", "--json", "--peer", ADDRESS)[1])
+    assert body["top_logprobs"] == [[[1, -0.1], [2, -2.5]]]
+
+
+def test_speculation_is_shown(node):
+    node.model_.stats = {"traversals": 1, "drafted": 3, "accepted": 1}
+    err = run("generate", "hi", "--stats", "--peer", ADDRESS)[2]
+    assert "2.00 tokens per traversal, 1 of 3 guesses right" in err
 
 
 def test_what_was_written_before_a_failure_stays(node):

@@ -20,7 +20,7 @@ from ...protocol.tensors import Codec, codec_at, payload_size
 from ...routing.planner import Plan, PlanRequest
 from ...routing.swarm import SwarmView
 from ..clock import Clock
-from ..generating import check_speculate
+from ..generating import MAX_TOP_LOGPROBS, check_speculate
 from ..host import Host
 from ..models import Model, Models
 from ..tasks import Supervisor
@@ -118,6 +118,8 @@ class RemoteModel:
         max_new_tokens: int = DEFAULT_NEW_TOKENS,
         sampling: SamplingParams | None = None,
         stop: Sequence[str] = (),
+        stop_token_ids: Sequence[int] = (),
+        top_logprobs: int = 0,
         wire: str = AUTO_WIRE,
         speculate: str = "auto",
         draft: str | None = None,
@@ -134,20 +136,24 @@ class RemoteModel:
         ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         self._check_prompt(ids, max_new_tokens)
         check_speculate(speculate)
+        self._check_ids(stop_token_ids, "stop token id")
+        if not 0 <= top_logprobs <= MAX_TOP_LOGPROBS:
+            raise ConfigError(f"top_logprobs is {top_logprobs}: use 0 to {MAX_TOP_LOGPROBS}")
         params = sampling or SamplingParams()
         writing = Writing(0, 0, ids, params, TextStream(tokenizer, ids, stop))
         stats = GenerationStats(prompt_tokens=len(ids))
         self.last_stats = stats
         guesser = await self._draft_model(draft) if draft is not None and speculate == "auto" else None
         local = await self._local_ends() if self._use_local else None
-        output = Output.HIDDEN if local else Output.LOGITS if params.penalized else Output.TOKEN
+        output = _output(local is not None, params, top_logprobs)
         chain, codec = await self._open(
             output, len(ids) + max_new_tokens, wire, remote_ends=local is None, params=params
         )
         wishes = Wishes(
             max_new_tokens=max_new_tokens,
-            ends=frozenset(self.config.eos_token_ids),
+            ends=frozenset((*self.config.eos_token_ids, *stop_token_ids)),
             stops=tuple(stop),
+            top=top_logprobs,
             ngrams=speculate != "off",
         )
         ends = Ends(codec, output, self.config.vocab_size, local)
@@ -165,15 +171,18 @@ class RemoteModel:
             raise ConfigError("the prompt is empty: give at least one token")
         if max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens is {max_new_tokens}: use at least 1")
-        wrong = [token for token in ids if not 0 <= token < self.config.vocab_size]
-        if wrong:
-            raise ConfigError(f"token id {wrong[0]} is not in {self.name}'s vocabulary of {self.config.vocab_size}")
+        self._check_ids(ids, "token id")
         limit = min(self.config.max_positions, MAX_POSITION)
         if len(ids) + max_new_tokens > limit:
             raise ConfigError(
                 f"{len(ids)} prompt tokens and {max_new_tokens} new ones are over {self.name}'s {limit} positions: "
                 "shorten the prompt or lower max_new_tokens"
             )
+
+    def _check_ids(self, ids: Sequence[int], what: str) -> None:
+        wrong = [token for token in ids if not 0 <= token < self.config.vocab_size]
+        if wrong:
+            raise ConfigError(f"{what} {wrong[0]} is not in {self.name}'s vocabulary of {self.config.vocab_size}")
 
     @staticmethod
     def _fill(stats: GenerationStats, chain: ChainSession, codec: Codec) -> None:
@@ -356,6 +365,13 @@ class RemoteModel:
             await asyncio.to_thread(ends.close)
         while self._drafts:
             await asyncio.to_thread(self._drafts.popitem()[1].close)
+
+
+def _output(local_ends: bool, params: SamplingParams, top_logprobs: int) -> Output:
+    """What the tail is to return: a token where it can choose one, with all that this takes."""
+    if local_ends:
+        return Output.HIDDEN
+    return Output.LOGITS if params.penalized or top_logprobs or not params.fits_wire else Output.TOKEN
 
 
 def _cuts(plan: Plan, remote_ends: bool) -> tuple[int, ...]:

@@ -160,6 +160,39 @@ async def test_penalties_need_the_history_and_the_client_has_it(thirds):
     assert both[0] != await greedy(await thirds.model(), PROMPT, 30)
 
 
+@pytest.mark.parametrize("local_ends", [True, False])
+async def test_biases_and_log_probabilities_whoever_samples(local_ends, thirds, checkpoints):
+    model = await thirds.model(local_ends=local_ends)
+    first, second = (await greedy(model, PROMPT, 2))[:2]
+    bias = SamplingParams(logit_bias={first: -100.0})
+    assert first not in await greedy(model, PROMPT, 20, sampling=bias)
+    many = SamplingParams(logit_bias={first: -100.0, **{300 + number: 1.0 for number in range(200)}})
+    assert not many.fits_wire
+    assert await greedy(model, PROMPT, 20, sampling=many) == await greedy(model, PROMPT, 20, sampling=bias)
+    pieces = await collect(model.generate(PROMPT, max_new_tokens=12, wire="fp32", top_logprobs=3))
+    tokens = ids_of(pieces)
+    assert tokens[:2] == [first, second]
+    with torch.no_grad():
+        logits = load_oracle(checkpoints("llama"))(torch.tensor([PROMPT + tokens])).logits[0]
+    for number, piece in enumerate(pieces):
+        expected = torch.log_softmax(logits[len(PROMPT) - 1 + number], 0)
+        values, ids = expected.topk(3)
+        assert piece.logprob == pytest.approx(expected[piece.token_id].item(), abs=1e-4)
+        assert [token for token, _ in piece.top_logprobs] == ids.tolist()
+        assert [value for _, value in piece.top_logprobs] == pytest.approx(values.tolist(), abs=1e-4)
+
+
+async def test_text_ends_at_a_stop_token(thirds):
+    model = await thirds.model()
+    whole = await greedy(model, PROMPT, 30)
+    pieces = await collect(
+        model.generate(PROMPT, max_new_tokens=30, wire="fp32", stop_token_ids=[whole[20], whole[25]])
+    )
+    ends = min(whole.index(whole[20]), whole.index(whole[25]))
+    assert ids_of(pieces) == whole[: ends + 1]
+    assert pieces[-1].finish_reason == "stop"
+
+
 async def test_text_comes_in_whole_characters(thirds, checkpoints):
     model = await thirds.model()
     pieces = await collect(model.generate("héllo ☃ 世界", max_new_tokens=120, sampling=SAMPLED))
@@ -353,6 +386,9 @@ async def test_no_route_names_the_missing_blocks(checkpoints, tmp_path):
         ({"prompt": [-1]}, "vocabulary"),
         ({"prompt": [1] * 400, "max_new_tokens": 200}, "512 positions"),
         ({"prompt": [1], "wire": "fp7"}, "fp7"),
+        ({"prompt": [1], "stop_token_ids": [1, 999]}, "stop token id 999"),
+        ({"prompt": [1], "top_logprobs": 101}, "top_logprobs is 101"),
+        ({"prompt": [1], "stop": [""]}, "stop string"),
     ],
 )
 async def test_bad_arguments_are_named_before_anything_is_opened(arguments, problem, thirds):

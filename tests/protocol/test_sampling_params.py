@@ -23,13 +23,18 @@ valid = st.builds(
     frequency_penalty=st.floats(-sampling.MAX_PENALTY, sampling.MAX_PENALTY),
     presence_penalty=st.floats(-sampling.MAX_PENALTY, sampling.MAX_PENALTY),
     penalty_last_n=st.integers(0, sampling.MAX_LOOKBACK),
+    logit_bias=st.dictionaries(
+        st.integers(0, sampling.MAX_TOP_K), st.floats(-sampling.MAX_BIAS, sampling.MAX_BIAS), max_size=20
+    ),
+    choices=st.integers(1, sampling.MAX_CHOICES),
 )
 
 
 @given(valid)
 def test_wire_form_round_trips(params):
     assert SamplingParams.from_wire(params.to_wire()) == params
-    assert len(params.to_wire()) < 100
+    assert len(params.to_wire()) < 110 + 15 * len(params.logit_bias)
+    assert params.fits_wire
 
 
 def test_golden_wire_form():
@@ -61,14 +66,57 @@ def test_golden_wire_form():
         ("presence_penalty", NAN),
         ("penalty_last_n", -1),
         ("penalty_last_n", sampling.MAX_LOOKBACK + 1),
+        ("choices", 0),
+        ("choices", sampling.MAX_CHOICES + 1),
+        ("logit_bias", "5=1"),
+        ("logit_bias", 7),
     ],
 )
 def test_silly_values_name_parameter_and_range(name, value):
-    with pytest.raises(ConfigError, match=rf"{name} is .*: use a"):
+    with pytest.raises(ConfigError, match=rf"{name} is .*: use (a|up to)"):
         SamplingParams(**{name: value})
 
 
-@pytest.mark.parametrize("wire", [None, [], b"", {1: -1.0}, {1: "x"}, {2: 2**40}, {5: None}, {3: NAN}])
+@pytest.mark.parametrize(
+    ("bias", "problem"),
+    [
+        ([5], "pairs of token id"),
+        ([(5, 1.0, 2)], "pairs of token id"),
+        ({-1: 1.0}, "a token id of logit_bias is -1"),
+        ({"5": 1.0}, "a token id of logit_bias is '5'"),
+        ({5: 101.0}, "logit_bias of token 5 is 101.0"),
+        ({5: NAN}, "logit_bias of token 5 is nan"),
+        ([(5, 1.0), (5, 2.0)], "token 5 twice"),
+        (dict.fromkeys(range(sampling.MAX_BIASES + 1), 1.0), f"up to {sampling.MAX_BIASES}"),
+    ],
+)
+def test_wrong_biases_are_named(bias, problem):
+    with pytest.raises(ConfigError, match=problem):
+        SamplingParams(logit_bias=bias)
+
+
+def test_biases_are_kept_in_order_and_may_be_too_many_for_a_tail():
+    assert SamplingParams(logit_bias={9: 1, 3: -2.5}).logit_bias == ((3, -2.5), (9, 1.0))
+    assert not SamplingParams(logit_bias=dict.fromkeys(range(sampling.MAX_BIASES), 1.0)).fits_wire
+
+
+@pytest.mark.parametrize(
+    "wire",
+    [
+        None,
+        [],
+        b"",
+        {10: 5},
+        {10: [5]},
+        {10: [[1, "x"]]},
+        {11: 0},
+        {1: -1.0},
+        {1: "x"},
+        {2: 2**40},
+        {5: None},
+        {3: NAN},
+    ],
+)
 def test_hostile_wire_values_are_the_peers_fault(wire):
     with pytest.raises(RemoteProtocolError):
         SamplingParams.from_wire(msgpack.packb(wire))
