@@ -1,8 +1,7 @@
 """Finding peers and what they say: carries out the DHT machine's actions over a host's streams.
 
-All decisions are in routing/dht.py; this file opens streams, moves messages, sets the alarm and wakes who waits. A
-request is a length-prefixed message on a `/swarmnode/kad/1.0.0` stream; the stream is kept a few seconds for the next
-one, because a lookup comes back to the same peers. Everything works before run() and without any peer, at once.
+All decisions are in routing/dht.py, the asking side's streams in exchanges.py; this file sets the alarm, answers, wakes
+who waits and finds the way in. Everything works before run() and without any peer, at once.
 """
 
 from __future__ import annotations
@@ -11,15 +10,13 @@ import asyncio
 import logging
 from collections import OrderedDict
 from collections.abc import Coroutine, Sequence
-from dataclasses import dataclass
 from math import ceil
 from random import Random
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
-from ..protocol import protobuf
 from ..protocol.errors import PeerUnreachable, RemoteProtocolError, SessionClosed, SwarmError
 from ..protocol.ids import PeerId
-from ..protocol.kad import MAIN_SWARM, MAX_MESSAGE_BYTES, UNANSWERED, Message, protocol_of
+from ..protocol.kad import MAIN_SWARM, UNANSWERED, protocol_of
 from ..protocol.multiaddr import Multiaddr
 from ..protocol.records import SignedEntry
 from ..routing.actions import Ask, Finished
@@ -30,17 +27,15 @@ from ..routing.keys import blocks_key, models_key
 from ..routing.parameters import DhtConfig
 from ..routing.table import Contact
 from .clock import Clock
+from .exchanges import Exchanges, Line
 from .host import Host
 from .tasks import Supervisor
-from .transport.base import Priority, ProtocolUnsupported, Stream
+from .transport.base import ProtocolUnsupported, Stream
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_TTL_S: Final = 100.0
 """Two republications and a half: one may be lost."""
-MAX_IDLE_STREAMS: Final = 64
-IDLE_STREAM_S: Final = 15.0
-"""Our own unused streams are closed after this."""
 SERVE_IDLE_S: Final = 60.0
 """A peer's silent stream is closed after this."""
 MAX_SERVED_STREAMS: Final = 1024
@@ -57,42 +52,6 @@ GREET_AFTER_S: Final = 0.3
 """Our own servers name themselves in their first question, which has come by then: no need to ask them."""
 LEAVE_S: Final = 1.0
 """Longest wait for tombstones to be taken when leaving."""
-_CHUNK: Final = 64 * 1024
-
-
-@dataclass(slots=True)
-class _Line:
-    """A stream to a peer's DHT and what was read from it."""
-
-    stream: Stream
-    split: protobuf.Delimited
-    idle_since: float = 0.0
-
-    async def receive(self) -> Message | None:
-        """The next message, None at EOF. Raises RemoteProtocolError, OSError or SwarmError."""
-        while True:
-            for raw in self.split.feed(b""):
-                return Message.decode(raw)
-            chunk = await self.stream.read(_CHUNK)
-            if not chunk:
-                return None
-            for raw in self.split.feed(chunk):
-                return Message.decode(raw)
-
-    async def send(self, message: Message) -> None:
-        """Write one message."""
-        await self.stream.write(protobuf.delimited(message.encode()))
-
-
-class _Exchange(NamedTuple):
-    """What came of one request."""
-
-    reply: Message | None
-    """None where none comes."""
-    seen: Multiaddr | None
-    """Where the peer is."""
-    took_s: float
-    """From the request's first byte to the reply."""
 
 
 class Discovery:
@@ -119,7 +78,7 @@ class Discovery:
         self._tasks: Supervisor | None = None
         self._unsent: list[Ask] = []
         self._waiting: dict[int, list[asyncio.Future[Finished]]] = {}
-        self._idle: dict[PeerId, _Line] = {}
+        self._exchanges = Exchanges(host, clock, self._protocol)
         self._serving = 0
         self._alarm = asyncio.Event()
         self._closed = False
@@ -129,10 +88,17 @@ class Discovery:
         self._greet_at = float("inf")
         self._rejoin_wait_s = REJOIN_FIRST_S
         self._rejoin_at = float("inf")
-        if server_mode:
-            host.handle(self._protocol, self._serve, max_streams_per_peer=MAX_SERVED_PER_PEER)
+        self.serve(server_mode)
 
     # What the node calls
+
+    def serve(self, yes: bool) -> None:
+        """Answer others' look-ups, and be in their tables; or only ask, for others cannot dial us."""
+        self.dht.server_mode = yes
+        if yes:
+            self._host.handle(self._protocol, self._serve, max_streams_per_peer=MAX_SERVED_PER_PEER)
+        else:
+            self._host.unhandle(self._protocol)
 
     async def run(self) -> None:
         """Keep the table, our announcements and hot keys fresh, until cancelled. Run once, in a supervisor."""
@@ -287,10 +253,8 @@ class Discovery:
         self.dht.whereabouts.measure(self._host.rtt, now)
         self.dht.tick(now, wall)
         self.contents.tick(now)
-        for peer, line in list(self._idle.items()):
-            if now - line.idle_since > IDLE_STREAM_S:
-                del self._idle[peer]
-                self._start(line.stream.close(), "close an idle stream")
+        for stream in self._exchanges.take_overdue(now):
+            self._start(stream.close(), "close an idle stream")
         if now >= self._rejoin_at:
             self.met()
             self._rejoin(now)
@@ -347,9 +311,7 @@ class Discovery:
                 if not future.done():
                     future.set_exception(SessionClosed("the node is leaving the swarm"))
         self._waiting.clear()
-        for line in self._idle.values():
-            line.stream.reset()
-        self._idle.clear()
+        self._exchanges.close()
 
     # Asking
 
@@ -357,7 +319,7 @@ class Discovery:
         peer = ask.contact.peer
         try:
             async with asyncio.timeout(ask.limit_s):
-                reply, seen, took_s = await self._exchange(ask.contact, ask.request)
+                reply, seen, took_s = await self._exchanges.ask(ask.contact, ask.request)
         except (OSError, SwarmError) as exc:  # TimeoutError is an OSError
             now = self._clock.now()
             if isinstance(exc, RemoteProtocolError):
@@ -370,46 +332,6 @@ class Discovery:
             else:
                 self.dht.on_reply(ask.id, seen, reply, *self._times(), self._host.rtt(peer) or took_s)
         self._pump()
-
-    async def _exchange(self, contact: Contact, request: Message) -> _Exchange:
-        """One request and what came of it; a kept stream that proves dead is replaced once."""
-        kept = self._idle.pop(contact.peer, None)
-        if kept is not None:
-            try:
-                return await self._ask_on(kept, request)
-            except OSError as exc:
-                logger.debug("kept DHT stream to %s was dead: %s", contact.peer.short, exc)
-        stream = await self._host.open_stream(contact.peer, self._protocol, addrs=contact.addrs)
-        stream.set_priority(Priority.CONTROL)
-        return await self._ask_on(_Line(stream, protobuf.Delimited(MAX_MESSAGE_BYTES)), request)
-
-    async def _ask_on(self, line: _Line, request: Message) -> _Exchange:
-        answered, began = False, self._clock.now()
-        reply = None
-        try:
-            await line.send(request)
-            if request.type not in UNANSWERED:
-                reply = await line.receive()
-                if reply is None:
-                    raise ConnectionResetError("stream ended instead of an answer")
-                if reply.type is not request.type:
-                    raise RemoteProtocolError(f"{reply.type.name} answered to {request.type.name}")
-            answered = True
-        finally:
-            if not answered:
-                line.stream.reset()
-        took_s = self._clock.now() - began
-        seen = self._host.address_of(line.stream)
-        await self._keep(line)
-        return _Exchange(reply, seen, took_s)
-
-    async def _keep(self, line: _Line) -> None:
-        peer = line.stream.remote
-        if self._closed or peer in self._idle or len(self._idle) >= MAX_IDLE_STREAMS:
-            await line.stream.close()
-            return
-        line.idle_since = self._clock.now()
-        self._idle[peer] = line
 
     def _identified(self, peer: PeerId) -> None:
         """Servers of other implementations do not name themselves in requests: their identify does."""
@@ -425,7 +347,7 @@ class Discovery:
                 self.dht.greet(Contact(peer, addrs), now)
 
     def _disconnected(self, peer: PeerId) -> None:
-        self._idle.pop(peer, None)
+        self._exchanges.forget(peer)
         self.dht.disconnected(peer)
 
     # Answering
@@ -435,13 +357,12 @@ class Discovery:
         if self._serving >= MAX_SERVED_STREAMS:
             raise RemoteProtocolError(f"over {MAX_SERVED_STREAMS} streams ask the DHT")
         self._serving += 1
-        stream.set_priority(Priority.CONTROL)
         try:
-            await self._answer_all(_Line(stream, protobuf.Delimited(MAX_MESSAGE_BYTES)), self._host.address_of(stream))
+            await self._answer_all(Line(stream), self._host.address_of(stream))
         finally:
             self._serving -= 1
 
-    async def _answer_all(self, line: _Line, seen: Multiaddr | None) -> None:
+    async def _answer_all(self, line: Line, seen: Multiaddr | None) -> None:
         while True:
             async with asyncio.timeout(SERVE_IDLE_S):
                 request = await line.receive()
@@ -475,15 +396,13 @@ class Discovery:
             if peer == self._host.peer_id:
                 causes.append(f"{addr} is this node itself")
                 return None
-            stream = await self._host.open_stream(peer, self._protocol)
+            await self._exchanges.open(peer)
         except ProtocolUnsupported:
             causes.append(f"{addr} is in another swarm than {self._swarm_name!r}: check --swarm")
             return None
         except (OSError, SwarmError) as exc:
             causes.append(str(exc))
             return None
-        stream.set_priority(Priority.CONTROL)
-        await self._keep(_Line(stream, protobuf.Delimited(MAX_MESSAGE_BYTES)))
         return Contact(peer, (addr.without_peer(),))
 
     def _rejoin(self, now: float) -> None:

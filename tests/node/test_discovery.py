@@ -11,6 +11,7 @@ from helpers.virtual import EPOCH, LoopClock
 from swarmnode.node import discovery as module
 from swarmnode.node.clock import Clock
 from swarmnode.node.discovery import Discovery
+from swarmnode.node.exchanges import IDLE_STREAM_S
 from swarmnode.node.limits import HostLimits
 from swarmnode.node.tasks import Supervisor
 from swarmnode.node.transport.base import ProtocolUnsupported
@@ -214,7 +215,7 @@ async def test_a_peer_that_never_answers_costs_little_and_only_once(clock):
             await asyncio.Event().wait()
 
         nodes[0]._host.handle(PROTOCOL, hang)
-        nodes[3]._idle.clear()
+        nodes[3]._exchanges._idle.clear()
         for limit_s in (0.5, 0.1):
             start = clock.now()
             assert payloads(await nodes[3].lookup(KEY, fresh=True)) == {b"x"}
@@ -303,10 +304,10 @@ async def test_idle_streams_are_closed():
     async with world() as swarm:
         first = await swarm.node()
         second = await swarm.node(first)
-        assert second._idle
+        assert len(second._exchanges)
         second.dht.upkeep.due_at = float("inf")  # it would ask around
-        await asyncio.sleep(module.IDLE_STREAM_S + 5)
-        assert not second._idle
+        await asyncio.sleep(IDLE_STREAM_S + 5)
+        assert not len(second._exchanges)
         assert payloads(await second.lookup(KEY)) == set()
 
 
@@ -432,7 +433,7 @@ async def test_lying_answers_count_as_none(answer):
             await stream.read(1)
 
         liar._host.handle(PROTOCOL, lie)
-        node._idle.clear()
+        node._exchanges._idle.clear()
         assert payloads(await node.lookup(KEY, fresh=True)) == {b"true"}
         assert liar._host.peer_id not in {contact.peer for contact in node.peers()}
 
