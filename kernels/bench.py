@@ -18,6 +18,7 @@ from .linear import multiplies_bf16
 from .measure import best_seconds, block_times, fixed_values, matmul_rate, read_bandwidth
 from .quant.int8 import quantize
 from .quant.products import integer_product
+from .weight import Weight
 
 BLOCKS: Final = 4
 """Blocks that are loaded: with fewer, a small model's weights stay in the processor's cache."""
@@ -74,7 +75,7 @@ def machine_limits() -> Limits:
 
 
 def _integer_rate() -> float | None:
-    weight = quantize(fixed_values((_SIZE, _SIZE), 1))
+    weight = quantize(Weight.of(fixed_values((_SIZE, _SIZE), 1)))
     product = integer_product(weight.values, weight.scales)
     if product is None:
         return None

@@ -5,8 +5,6 @@ Only one block's tensors are in memory unquantized at a time, and what they took
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Final, Protocol
@@ -17,9 +15,11 @@ from ..protocol.errors import ConfigError, CorruptCheckpoint
 from .blocks import Block
 from .head import Embedding, FloatTable, Head, Q8Table
 from .linear import Linear, held_dtype, make_linear, multiplies_bf16
+from .memory import give_back_memory, loading_memory
 from .models.config import ModelConfig
 from .parts import MakeLinear, make_norm
 from .span import Span
+from .weight import Weight
 
 Progress = Callable[[int, int], None]
 """Called with (blocks loaded, blocks in all) after every block."""
@@ -53,7 +53,7 @@ def default_quant(config: ModelConfig, blocks: int, free_bytes: int) -> str:
     Where bf16 is not multiplied natively, bitsandbytes unpacks a whole 4-bit matrix for every product (18 times slower
     than int8): there nf4 is only for what does not fit otherwise.
     """
-    if span_bytes(config, blocks, torch.bfloat16, "none") <= free_bytes:
+    if config.foreign is not None or span_bytes(config, blocks, torch.bfloat16, "none") <= free_bytes:
         return "none"
     if config.parameters() < INT8_PARAMETERS:
         return "int8"
@@ -81,11 +81,15 @@ def load_span(
     config, device = checkpoint.config, torch.device(device)
     if not 0 <= start < end <= config.num_blocks:
         raise ConfigError(f"the model has {config.num_blocks} blocks: use a span within 0:{config.num_blocks}, or auto")
+    if config.foreign is not None:
+        from .fallback import load_fallback_span
+
+        return load_fallback_span(checkpoint, start, end, dtype=dtype, quant=quant, device=device, progress=progress)
     make = _maker(quant, dtype, device)
     # Quantizing starts from the stored values, not from a bf16 rounding of them.
     read_dtype = dtype if quant == "none" else torch.float32
     blocks: list[Block] = []
-    with torch.inference_mode():
+    with torch.inference_mode(), loading_memory():
         for index in range(start, end):
             blocks.append(Block(config, index, checkpoint.block(index, read_dtype), make, device))
             give_back_memory()
@@ -94,16 +98,13 @@ def load_span(
     return Span(config, start, blocks, dtype=dtype, quant=quant, device=device)
 
 
-def give_back_memory() -> None:
-    """Return freed memory to the system where the C library would keep it: a block's unquantized tensors."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
-
-
 def load_embedding(checkpoint: Source, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> Embedding:
     """The embedding matrix, in 8 bits where the checkpoint stores it together with the head as Q8_0."""
     config, device = checkpoint.config, torch.device(device)
+    if config.foreign is not None:
+        from .fallback import load_fallback_embedding
+
+        return load_fallback_embedding(checkpoint, dtype=dtype, device=device)
     if config.tied_head and checkpoint.head_kind == "q8_0":
         values, scales = checkpoint.head_q8()
         _check_shape("embedding", values, config)
@@ -117,7 +118,11 @@ def load_embedding(checkpoint: Source, *, dtype: torch.dtype, device: torch.devi
 def load_head(checkpoint: Source, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> Head:
     """Final norm and LM head; 8 bits where the checkpoint stores 8 and compute is not fp32."""
     config, device = checkpoint.config, torch.device(device)
-    with torch.inference_mode():
+    if config.foreign is not None:
+        from .fallback import load_fallback_head
+
+        return load_fallback_head(checkpoint, dtype=dtype, device=device)
+    with torch.inference_mode(), loading_memory():
         norm = make_norm(config, checkpoint.final_norm(torch.float32), "norm", device)
         return Head(norm, _head_linear(checkpoint, dtype, device), config.hidden_size, config.final_softcap)
 
@@ -131,7 +136,7 @@ def _head_linear(checkpoint: Source, dtype: torch.dtype, device: torch.device) -
         return make_int8_from_q8(values, scales, device)
     weight = checkpoint.head(dtype)["lm_head.weight"]
     _check_shape("head", weight, checkpoint.config)
-    return make_linear(weight, None, dtype, device)
+    return make_linear(Weight.of(weight), None, dtype, device)
 
 
 def _check_shape(name: str, weight: torch.Tensor, config: ModelConfig) -> None:

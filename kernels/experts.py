@@ -15,6 +15,7 @@ from .linear import Linear, make_linear, pad_rows
 from .mlp import GatedMlp
 from .models.config import ExpertsConfig
 from .parts import Parts
+from .weight import Weight
 
 
 class Experts:
@@ -74,7 +75,7 @@ class _Router:
 
     def __init__(self, parts: Parts, experts: ExpertsConfig) -> None:
         shape = (experts.count, parts.config.hidden_size)
-        weight = parts.take("mlp.router.weight", shape).float()
+        weight = Weight.of(parts.take("mlp.router.weight", shape).float())
         bias = parts.take("mlp.router.bias", shape[:1]).float() if experts.bias else None
         # never quantized, and fp32: a rounded score would pick another expert
         self.linear = _Padded(make_linear(weight, bias, torch.float32, parts.device))
@@ -103,8 +104,8 @@ class _SharedExpert:
 
     def __init__(self, parts: Parts, inner: int) -> None:
         self._mlp = GatedMlp(parts, "mlp.shared_expert", inner, bias=False)
-        weight = parts.take("mlp.shared_expert_gate.weight", (1, parts.config.hidden_size))
-        self._gate = _Padded(make_linear(weight.float(), None, torch.float32, parts.device))
+        weight = Weight.of(parts.take("mlp.shared_expert_gate.weight", (1, parts.config.hidden_size)).float())
+        self._gate = _Padded(make_linear(weight, None, torch.float32, parts.device))
         self._sigmoid = make_sigmoid(parts.device)
 
     @property

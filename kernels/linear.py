@@ -16,9 +16,11 @@ from __future__ import annotations
 
 import platform
 from functools import lru_cache
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, overload
 
 import torch
+
+from .weight import Weight
 
 ROWS: Final = 4
 """Rows are padded to a multiple of this."""
@@ -49,7 +51,7 @@ class PlainLinear:
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> None:
         self._dtype = dtype
         self._transposed = weight.to(dtype).contiguous().t()  # a view made once: functional.linear costs 2 us more
-        self._bias = None if bias is None else bias.float()
+        self._bias = own(bias)
 
     @property
     def size_bytes(self) -> int:
@@ -69,7 +71,7 @@ class PackedLinear:
         operators: Any = torch.ops.mkldnn
         self._dtype = dtype
         self._weight = operators._reorder_linear_weight(weight.to(dtype).contiguous(), ROWS)
-        self._bias = None if bias is None else bias.float()
+        self._bias = own(bias)
         self._size_bytes = weight.numel() * dtype.itemsize + tensor_bytes(self._bias)
         self._multiply = operators._linear_pointwise.default
 
@@ -83,16 +85,25 @@ class PackedLinear:
         return out if self._bias is None else out.add_(self._bias)
 
 
-def make_linear(weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype, device: torch.device) -> Linear:
+def make_linear(weight: Weight, bias: torch.Tensor | None, dtype: torch.dtype, device: torch.device) -> Linear:
     """An unquantized Linear. The kernel depends on the weight's size and the machine, never on the rows."""
     if device.type != "cpu":
-        return PlainLinear(weight.to(device), None if bias is None else bias.to(device), dtype)
+        return PlainLinear(weight.joined(dtype).to(device), None if bias is None else bias.to(device), dtype)
     if is_small(weight):
-        return PlainLinear(weight.to(dtype), bias, torch.float32)
+        return PlainLinear(own(weight.joined(dtype)), bias, torch.float32)
     held = held_dtype(dtype)
     if can_pack():
-        return PackedLinear(weight.to(dtype), bias, held)
-    return PlainLinear(weight.to(dtype), bias, held)
+        return PackedLinear(weight.joined(dtype), bias, held)
+    return PlainLinear(weight.joined(dtype), bias, held)
+
+
+@overload
+def own(tensor: torch.Tensor) -> torch.Tensor: ...
+@overload
+def own(tensor: torch.Tensor | None) -> torch.Tensor | None: ...
+def own(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """A copy in fp32: a view of a mapped file would keep all that was ever read of the file in memory."""
+    return None if tensor is None else tensor.to(torch.float32, copy=True)
 
 
 def held_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -114,9 +125,9 @@ def cpu_has(probe_name: str) -> bool:
     return bool(probe is not None and probe())
 
 
-def is_small(weight: torch.Tensor) -> bool:
+def is_small(weight: Weight) -> bool:
     """Whether a weight is too small for anything but plain fp32 on the CPU (quantized ones: with rounded values)."""
-    return weight.numel() < SMALL_WEIGHT
+    return weight.values < SMALL_WEIGHT
 
 
 def can_pack() -> bool:

@@ -13,6 +13,8 @@ from typing import Protocol
 import torch
 from torch.nn import functional
 
+from .linear import own
+
 
 class Norm(Protocol):
     """fp32 rows in, normed fp32 rows out."""
@@ -51,8 +53,8 @@ class LayerNorm:
     __slots__ = ("_bias", "_epsilon", "_weight")
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor, eps: float, device: torch.device) -> None:
-        self._weight = weight.float().contiguous().to(device)
-        self._bias = bias.float().contiguous().to(device)
+        self._weight = own(weight).contiguous().to(device)
+        self._bias = own(bias).contiguous().to(device)
         self._epsilon = eps
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 
@@ -11,9 +12,10 @@ from .linear import Linear
 from .models.config import ModelConfig
 from .norms import LayerNorm, Norm, RMSNorm
 from .rope import interleave
+from .weight import Weight
 
 Tensors = Mapping[str, torch.Tensor]
-MakeLinear = Callable[[torch.Tensor, torch.Tensor | None], Linear]
+MakeLinear = Callable[[Weight, torch.Tensor | None], Linear]
 """Weight [out, in] and bias -> a Linear of the chosen precision."""
 
 
@@ -32,21 +34,24 @@ class Parts:
 
     def linear(self, name: str, out_features: int, in_features: int, bias: bool) -> Linear:
         """One matrix as it is stored."""
-        weight = self.take(f"{name}.weight", (out_features, in_features))
-        return self._make(weight, self.take(f"{name}.bias", (out_features,)) if bias else None)
+        return self.stacked((name,), out_features, in_features, bias)
 
     def stacked(self, names: tuple[str, ...], out_features: int, in_features: int, bias: bool) -> Linear:
         """Several matrices of one shape, multiplied as one: results side by side."""
-        weights = [self.take(f"{name}.weight", (out_features, in_features)) for name in names]
+        shape = (out_features, in_features)
+        parts = [partial(self.take, f"{name}.weight", shape) for name in names]
         biases = [self.take(f"{name}.bias", (out_features,)) for name in names] if bias else None
-        return self._make(torch.cat(weights), torch.cat(biases) if biases else None)
+        return self._make(
+            Weight((len(names) * out_features, in_features), parts), torch.cat(biases) if biases else None
+        )
 
     def qkv(self) -> Linear:
         """Queries, keys, values in one product; queries and keys in pair order (rope.py)."""
         config = self.config
-        weights = [self._heads(part, "weight", (config.hidden_size,)) for part in "qkv"]
+        rows = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+        parts = [partial(self._heads, part, "weight", (config.hidden_size,)) for part in "qkv"]
         biases = [self._heads(part, "bias", ()) for part in "qkv"] if config.qkv_bias else None
-        return self._make(torch.cat(weights), torch.cat(biases) if biases else None)
+        return self._make(Weight((rows, config.hidden_size), parts), torch.cat(biases) if biases else None)
 
     def _heads(self, part: str, kind: str, in_features: tuple[int, ...]) -> torch.Tensor:
         config = self.config

@@ -85,6 +85,7 @@ class Store:
                     return item
                 item = make()
                 _write(path, chunks(item))
+                item = None  # not beside what is read
                 return read(path)
         except (OSError, NotImplementedError) as exc:  # NotImplementedError: a file system without locks
             logger.warning(

@@ -20,14 +20,15 @@ from typing import Final
 import torch
 
 from ..head import dequantize_q8
-from ..linear import Linear, PlainLinear, is_small, tensor_bytes
+from ..linear import Linear, PlainLinear, is_small, own, tensor_bytes
+from ..weight import Weight
 from .products import IntegerProduct, available_products, integer_product, row_levels
 
 LEVELS: Final = 127
 """Weights lie in +-LEVELS."""
 _CHUNK: Final = 16_384
 """Rows of a weight quantized at a time: bounds the temporary memory for a big head."""
-_ROUNDED: Final = 1 << 20
+_ROUNDED: Final = 1 << 18
 """Values rounded at a time while quantizing."""
 _SLICE: Final = 8_192
 """Outputs of a head multiplied at a time: their products stay in the processor's cache (262,144 x 640, decode: 8.9 ms,
@@ -71,7 +72,7 @@ class Int8Linear:
         self._out_features, in_features = weight.values.shape
         self._products = products
         self._columns = weight.columns
-        self._bias = None if bias is None else bias.float()
+        self._bias = own(bias)
         levels = row_levels()
         self._step, self._smallest = torch.tensor(1 / levels), torch.tensor(_SMALLEST)
         # A low digit is worth half a step of the high one divided by its levels.
@@ -129,7 +130,7 @@ class PortableInt8Linear:
         self._values = weight.values.contiguous()
         self._scales = weight.scales.to(torch.bfloat16)
         self._columns = weight.columns
-        self._bias = None if bias is None else bias.float()
+        self._bias = own(bias)
 
     @property
     def size_bytes(self) -> int:
@@ -147,9 +148,9 @@ class PortableInt8Linear:
         return out if self._bias is None else out.add_(self._bias)
 
 
-def make_int8(weight: torch.Tensor, bias: torch.Tensor | None, device: torch.device) -> Linear:
-    """Quantize a float weight [out, in], one scale per row."""
-    quantized = quantize(weight.float())
+def make_int8(weight: Weight, bias: torch.Tensor | None, device: torch.device) -> Linear:
+    """Quantize a float weight, one scale per row."""
+    quantized = quantize(weight)
     if device.type == "cpu" and is_small(weight):
         return PlainLinear(quantized.floats(), bias, torch.float32)
     return _linear(quantized.to(device), None if bias is None else bias.to(device))
@@ -170,21 +171,25 @@ def make_int8_from_q8(values: torch.Tensor, scales: torch.Tensor, device: torch.
     row_scales = torch.empty(values.shape[0])
     for first in range(0, values.shape[0], _CHUNK):
         part = dequantize_q8(values[first : first + _CHUNK], scales[first : first + _CHUNK])
-        fresh = quantize(part.div_(columns))
+        fresh = quantize(Weight.of(part.div_(columns)))
         quantized[first : first + _CHUNK] = fresh.values
         row_scales[first : first + _CHUNK] = fresh.scales
     return _linear(Int8Weight(quantized, row_scales, columns).to(device), None)
 
 
-def quantize(weight: torch.Tensor) -> Int8Weight:
-    """The nearest int8 weight to an fp32 one, with a scale per row. A few rows at a time: no second fp32 copy."""
+def quantize(weight: Weight) -> Int8Weight:
+    """The nearest int8 weight to a float one, with a scale per row. A few rows at a time: no second fp32 copy."""
     values, scales = torch.empty(weight.shape, dtype=torch.int8), torch.empty(weight.shape[0])
     step = max(1, _ROUNDED // max(1, weight.shape[1]))
-    for first in range(0, weight.shape[0], step):
-        part = weight[first : first + step]
-        scale = part.abs().amax(1).div_(LEVELS).clamp_(min=_SMALLEST)
-        scales[first : first + step] = scale
-        values[first : first + step] = (part / scale[:, None]).round_().clamp_(-LEVELS, LEVELS)
+
+    def use(start: int, rows: torch.Tensor) -> None:
+        for first in range(0, rows.shape[0], step):
+            part = rows[first : first + step].float()
+            at = slice(start + first, start + first + part.shape[0])
+            scales[at] = scale = part.abs().amax(1).div_(LEVELS).clamp_(min=_SMALLEST)
+            values[at] = (part / scale[:, None]).round_().clamp_(-LEVELS, LEVELS)
+
+    weight.each(use)
     return Int8Weight(values, scales)
 
 

@@ -12,7 +12,8 @@ from typing import Any, Final
 
 import torch
 
-from ..linear import Linear, PlainLinear, is_small, tensor_bytes
+from ..linear import Linear, PlainLinear, is_small, own, tensor_bytes
+from ..weight import Weight
 from .int8 import quantize
 from .nf4 import load_bitsandbytes
 
@@ -27,18 +28,26 @@ class LlmInt8Linear:
 
     needs_padding = False
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, device: torch.device) -> None:
+    def __init__(self, weight: Weight, bias: torch.Tensor | None, device: torch.device) -> None:
         library = load_bitsandbytes()
         # It warns at every product that rows are rounded to fp16 inside. fp16 rows would give fp16 sums, that overflow.
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         out_features, in_features = weight.shape
-        module = library.nn.Linear8bitLt(
+        values = torch.empty(weight.shape, dtype=torch.int8, device=device)
+        scales = torch.empty(out_features, device=device)
+
+        def quantize_rows(first: int, rows: torch.Tensor) -> None:
+            at = slice(first, first + rows.shape[0])
+            values[at], scales[at], _ = library.functional.int8_vectorwise_quant(rows.to(device, torch.float16))
+
+        weight.groups(1, quantize_rows)
+        self._module: Any = library.nn.Linear8bitLt(
             in_features, out_features, bias=False, has_fp16_weights=False, threshold=THRESHOLD, device="meta"
+        ).eval()
+        self._module.weight = library.nn.Int8Params(
+            values, requires_grad=False, has_fp16_weights=False, CB=values, SCB=scales
         )
-        # A copy: quantizing overwrites it.
-        module.weight = library.nn.Int8Params(weight.float().clone(), requires_grad=False, has_fp16_weights=False)
-        self._module: Any = module.to(device).eval()
-        self._bias = None if bias is None else bias.float().to(device)
+        self._bias = None if bias is None else own(bias).to(device)
         self._size_bytes = out_features * (in_features + 4) + tensor_bytes(self._bias)
 
     @property
@@ -50,8 +59,8 @@ class LlmInt8Linear:
         return out if self._bias is None else out.add_(self._bias)
 
 
-def make_llm_int8(weight: torch.Tensor, bias: torch.Tensor | None, device: torch.device) -> Linear:
-    """Quantize a float weight [out, in] as LLM.int8; a small one is rounded alike and multiplied in fp32."""
+def make_llm_int8(weight: Weight, bias: torch.Tensor | None, device: torch.device) -> Linear:
+    """Quantize a float weight as LLM.int8; a small one is rounded alike and multiplied in fp32."""
     if device.type == "cpu" and is_small(weight):
-        return PlainLinear(quantize(weight.float()).floats(), bias, torch.float32)
+        return PlainLinear(quantize(weight).floats(), bias, torch.float32)
     return LlmInt8Linear(weight, bias, device)

@@ -7,6 +7,7 @@ product, which is right but slow.
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import sys
@@ -17,7 +18,8 @@ from typing import Any, Final
 import torch
 
 from ...protocol.errors import ConfigError
-from ..linear import Linear, PlainLinear, is_small, tensor_bytes
+from ..linear import Linear, PlainLinear, is_small, own, tensor_bytes
+from ..weight import Weight
 from .int8 import make_int8
 
 BLOCK: Final = 64
@@ -31,37 +33,15 @@ _log = logging.getLogger(__name__)
 class NF4Linear:
     """A weight in bitsandbytes' 4-bit layout; activations in bf16."""
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, device: torch.device) -> None:
+    def __init__(self, weight: Weight, bias: torch.Tensor | None, device: torch.device) -> None:
         library = load_bitsandbytes()
-        self._out_features, in_features = weight.shape
-        padding = -self._out_features % _OUT_MULTIPLE
-        padded = torch.cat((weight, weight.new_zeros(padding, in_features))) if padding else weight
-        module = library.nn.Linear4bit(
-            in_features,
-            padded.shape[0],
-            bias=False,
-            compute_dtype=torch.bfloat16,
-            compress_statistics=False,
-            quant_type="nf4",
-            device="meta",
-        )
-        module.weight = library.nn.Params4bit(
-            padded.float().clone(),
-            requires_grad=False,
-            quant_type="nf4",
-            compress_statistics=False,
-            blocksize=BLOCK,
-            module=module,
-        )
-        module.to(device).eval()
-        # The first product moves the weight into the layout of the fused kernel, where there is one.
-        module(torch.zeros(1, in_features, dtype=torch.bfloat16, device=device))
+        self._out_features = weight.shape[0]
+        packed = _Packed(library, weight, device)
         self._multiply: Any = library.matmul_4bit
-        self._weight: torch.Tensor = module.weight.data
-        self._state: Any = module.weight.quant_state
+        self._weight, self._state = packed.weight, packed.state
         # The fused kernel takes rows one by one (padding 1 to 4 doubles its time); else it ends in torch's product.
-        self.needs_padding = not getattr(self._state, "packing_format_for_cpu", False)
-        self._bias = None if bias is None else bias.float().to(device)
+        self.needs_padding = not packed.fused
+        self._bias = None if bias is None else own(bias).to(device)
         self._size_bytes = tensor_bytes(self._weight, self._state.absmax, self._bias)
 
     @property
@@ -74,21 +54,83 @@ class NF4Linear:
         return out if self._bias is None else out.add_(self._bias)
 
 
-def make_nf4(weight: torch.Tensor, bias: torch.Tensor | None, device: torch.device) -> Linear:
-    """Quantize a float weight [out, in]; int8 where rows are no whole number of 4-bit blocks."""
-    if weight.shape[1] % BLOCK:
-        _log.info("a weight with rows of %d values is held in int8: nf4 needs a multiple of %d", weight.shape[1], BLOCK)
+class _Packed:
+    """Quantizes and packs some rows at a time: for a whole matrix the library's own copies take 20 times its result."""
+
+    def __init__(self, library: Any, weight: Weight, device: torch.device) -> None:
+        self.weight: torch.Tensor
+        self.state: Any
+        self.fused = False
+        self._library = library
+        self._device = device
+        self._shape = (weight.shape[0] + -weight.shape[0] % _OUT_MULTIPLE, weight.shape[1])
+        weight.groups(_OUT_MULTIPLE, self._add)
+
+    def _add(self, first: int, rows: torch.Tensor) -> None:
+        part, state = self._quantized(rows)
+        last = first + rows.shape[0]
+        if first == 0:
+            self._start(part, state, bool(getattr(state, "packing_format_for_cpu", False)))
+        if self.fused:  # [out, in / 2], and scales [in / BLOCK, out]
+            self.weight[first:last] = part
+            self.state.absmax[:, first:last] = state.absmax
+        else:  # both row after row
+            self.weight.view(self._shape[0], -1)[first:last] = part.view(last - first, -1)
+            self.state.absmax.view(self._shape[0], -1)[first:last] = state.absmax.view(last - first, -1)
+
+    def _start(self, part: torch.Tensor, state: Any, fused: bool) -> None:
+        """Room for all, and what the library keeps about a weight."""
+        rows, width = self._shape
+        size = (rows, width // 2) if fused else (rows * width // 2, 1)
+        scales = (width // BLOCK, rows) if fused else (rows * width // BLOCK,)
+        self.fused = fused
+        self.weight = torch.empty(size, dtype=part.dtype, device=part.device)
+        self.state = copy.copy(state)
+        self.state.shape = torch.Size(self._shape)
+        self.state.absmax = torch.empty(scales, dtype=state.absmax.dtype, device=part.device)
+
+    def _quantized(self, rows: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        count, width = rows.shape
+        module = self._library.nn.Linear4bit(
+            width,
+            count,
+            bias=False,
+            compute_dtype=torch.bfloat16,
+            compress_statistics=False,
+            quant_type="nf4",
+            device="meta",
+        )
+        module.weight = self._library.nn.Params4bit(
+            rows,
+            requires_grad=False,
+            quant_type="nf4",
+            compress_statistics=False,
+            blocksize=BLOCK,
+            module=module,
+        )
+        module.to(self._device).eval()
+        # The first product moves the weight into the layout of the fused kernel, where there is one.
+        module(torch.zeros(1, width, dtype=torch.bfloat16, device=self._device))
+        module.weight.module = None  # a cycle that would keep both until somebody collects garbage
+        return module.weight.data, module.weight.quant_state
+
+
+def make_nf4(weight: Weight, bias: torch.Tensor | None, device: torch.device) -> Linear:
+    """Quantize a float weight; int8 where rows are no whole number of 4-bit blocks."""
+    width = weight.shape[1]
+    if width % BLOCK:
+        _log.info("a weight with rows of %d values is held in int8: nf4 needs a multiple of %d", width, BLOCK)
         return make_int8(weight, bias, device)
     if device.type == "cpu" and is_small(weight):
         return PlainLinear(dequantized(weight), bias, torch.float32)
     return NF4Linear(weight, bias, device)
 
 
-def dequantized(weight: torch.Tensor) -> torch.Tensor:
-    """What NF4 makes of a weight, in fp32."""
+def dequantized(weight: Weight) -> torch.Tensor:
+    """What NF4 makes of a small weight, in fp32."""
     functions = load_bitsandbytes().functional
     packed, state = functions.quantize_4bit(
-        weight.float().contiguous(), blocksize=BLOCK, quant_type="nf4", compress_statistics=False
+        weight.joined(torch.float32).contiguous(), blocksize=BLOCK, quant_type="nf4", compress_statistics=False
     )
     values: torch.Tensor = functions.dequantize_4bit(packed, state)
     return values

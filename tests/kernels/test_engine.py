@@ -22,6 +22,7 @@ from swarmnode.kernels.quant.nf4 import NF4Linear, load_bitsandbytes, make_nf4
 from swarmnode.kernels.quant.products import HALF_LEVELS, FbgemmProduct, OneDnnProduct, available_products
 from swarmnode.kernels.reference import run_block
 from swarmnode.kernels.span import Piece
+from swarmnode.kernels.weight import Weight
 from swarmnode.protocol.errors import ConfigError, CorruptCheckpoint, LocalProtocolError, ServerBusy
 
 CPU = torch.device("cpu")
@@ -194,27 +195,27 @@ def test_int8_activations_keep_15_bits(outlier):
     rng = torch.Generator().manual_seed(4)
     weight, rows = torch.randn(300, 256, generator=rng), torch.randn(8, 256, generator=rng)
     rows[:, 3] *= outlier
-    expected = rows @ quantize(weight).floats().T
-    linear = make_int8(weight, None, CPU)
+    expected = rows @ quantize(Weight.of(weight)).floats().T
+    linear = make_int8(Weight.of(weight), None, CPU)
     assert isinstance(linear, Int8Linear)
     assert relative_error(linear(rows), expected) < 2e-4
     assert relative_error(expected, rows @ weight.T) < 1.2e-2
 
 
 def test_int8_of_zeros_and_of_many_rows():
-    linear = make_int8(torch.zeros(1024, 64), torch.ones(1024), CPU)
+    linear = make_int8(Weight.of(torch.zeros(1024, 64)), torch.ones(1024), CPU)
     assert torch.equal(linear(torch.zeros(4, 64)), torch.ones(4, 1024))
     weight = torch.randn(1024, 64, generator=torch.Generator().manual_seed(1))
-    linear, rows = make_int8(weight, None, CPU), torch.ones(4100, 64)
+    linear, rows = make_int8(Weight.of(weight), None, CPU), torch.ones(4100, 64)
     assert torch.equal(linear(rows)[-4:], linear(rows[:4]))
 
 
 @pytest.mark.parametrize("make", [make_int8, make_nf4])
 def test_small_weights_are_rounded_but_plain(make):
     weight, rows = torch.randn(96, 128, generator=torch.Generator().manual_seed(4)), torch.eye(128)
-    small = make(weight, None, CPU)
+    small = make(Weight.of(weight), None, CPU)
     assert isinstance(small, PlainLinear)
-    big = make(weight.repeat(8, 1), None, CPU)
+    big = make(Weight.of(weight.repeat(8, 1)), None, CPU)
     assert relative_error(small(rows), big(rows)[:, :96]) < 5e-3
 
 
@@ -226,7 +227,7 @@ def int8_linear(weight, kind=FbgemmProduct, bias=None):
 def test_portable_int8_is_the_same_weight(columns):
     rng = torch.Generator().manual_seed(4)
     weight, rows, bias = torch.randn(96, 128, generator=rng), torch.randn(8, 128, generator=rng), torch.randn(96)
-    quantized = quantize(weight)
+    quantized = quantize(Weight.of(weight))
     quantized = Int8Weight(quantized.values, quantized.scales, columns)
     portable = PortableInt8Linear(quantized, bias)(rows)
     assert relative_error(portable, int8_linear(quantized, bias=bias)(rows)) < 1e-2
@@ -240,7 +241,7 @@ def test_both_integer_libraries_give_the_same_bits(monkeypatch, levels):
         pytest.skip("this torch has only one of them")
     monkeypatch.setattr(int8, "row_levels", lambda: levels)
     rng = torch.Generator().manual_seed(4)
-    weight = quantize(torch.randn(320, 256, generator=rng))
+    weight = quantize(Weight.of(torch.randn(320, 256, generator=rng)))
     for count in (1, 3, 40):
         rows = torch.randn(count, 256, generator=rng)
         found = [int8_linear(weight, kind)(rows) for kind in (FbgemmProduct, OneDnnProduct)]
@@ -256,10 +257,10 @@ def test_rows_without_vnni_cannot_saturate():
 def test_a_wide_weight_is_sliced_alike(monkeypatch):
     rng = torch.Generator().manual_seed(4)
     weight, rows = torch.randn(1000, 96, generator=rng), torch.randn(5, 96, generator=rng)
-    whole = make_int8(weight, None, CPU)(rows)
+    whole = make_int8(Weight.of(weight), None, CPU)(rows)
     monkeypatch.setattr(int8, "_WIDE", 500)
     monkeypatch.setattr(int8, "_SLICE", 300)
-    assert torch.equal(make_int8(weight, None, CPU)(rows), whole)
+    assert torch.equal(make_int8(Weight.of(weight), None, CPU)(rows), whole)
 
 
 @pytest.mark.parametrize("amx", [False, True])
@@ -269,7 +270,7 @@ def test_without_native_bf16_weights_are_held_in_fp32(monkeypatch, amx):
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
     try:
         weight, rows = torch.randn(512, 256, generator=torch.Generator().manual_seed(1)), torch.eye(256)
-        made = make_linear(weight, None, torch.bfloat16, CPU)
+        made = make_linear(Weight.of(weight), None, torch.bfloat16, CPU)
         big = make_config(num_blocks=40, hidden_size=5120, intermediate_size=13824, num_heads=40, num_kv_heads=40)
         room = span_bytes(big, 40, torch.bfloat16, "int8")
         assert made.size_bytes == 512 * 256 * (2 if amx else 4)
@@ -288,7 +289,7 @@ def test_llm_int8_is_bitsandbytes_own():
     module = library.nn.Linear8bitLt(256, 320, bias=False, has_fp16_weights=False, threshold=6.0)
     module.load_state_dict({"weight": weight})
     expected = module.to("cpu").eval()(rows.clamp(max=65_504))
-    made = make_llm_int8(weight, torch.ones(320), CPU)
+    made = make_llm_int8(Weight.of(weight), torch.ones(320), CPU)
     assert isinstance(made, LlmInt8Linear)
     assert torch.equal(made(rows), expected + 1)
     assert relative_error(made(rows[:3]) - 1, rows[:3] @ weight.T) < 2e-2
@@ -301,15 +302,15 @@ def test_nf4_is_bitsandbytes_own():
     weight, rows = torch.randn(96, 128, generator=rng), torch.randn(8, 128, generator=rng)
     packed, state = library.functional.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=False)
     expected = rows @ library.functional.dequantize_4bit(packed, state).T
-    linear = NF4Linear(weight, torch.ones(96), CPU)
+    linear = NF4Linear(Weight.of(weight), torch.ones(96), CPU)
     assert relative_error(linear(rows) - 1, expected) < 1e-2
-    odd = NF4Linear(weight[:50], None, CPU)  # outputs are padded inside
+    odd = NF4Linear(Weight.of(weight[:50]), None, CPU)  # outputs are padded inside
     assert torch.equal(odd(rows), linear(rows)[:, :50] - 1) or relative_error(odd(rows), expected[:, :50]) < 1e-2
 
 
 def test_nf4_falls_back_where_blocks_do_not_fit(caplog):
     caplog.set_level("INFO")
-    linear = make_nf4(torch.randn(64, 96), None, CPU)
+    linear = make_nf4(Weight.of(torch.randn(64, 96)), None, CPU)
     assert not isinstance(linear, NF4Linear)
     assert "96 values is held in int8" in caplog.text
 
