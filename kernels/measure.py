@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import lru_cache
+from importlib.metadata import version
 from itertools import pairwise
 from typing import Final
 
@@ -166,8 +167,10 @@ def compute_class(quant: str, dtype: torch.dtype, device: str = "cpu") -> bytes:
         "device": torch.device(device).type,
         "revision": KERNEL_REVISION,
         "torch": torch.__version__,
-        "probe": probe_digest(quant, dtype, device).hex(),
+        "probe": probe_digest("none" if quant == "hf" else quant, dtype, device).hex(),
     }
+    if quant == "hf":  # transformers' own layers (fallback.py): never exact, whatever the probe says of this machine
+        parts["transformers"] = version("transformers")
     if quant in ("nf4", "llm-int8"):
         from .quant.nf4 import load_bitsandbytes
 

@@ -149,11 +149,12 @@ def _cut(rows: torch.Tensor, pieces: Sequence[Piece], border: int) -> torch.Tens
     first = 0
     for piece in pieces:
         last = first + piece.count
-        if border in piece.cuts and not _lossless(piece.codec, rows.dtype):
+        if border in piece.cuts and not lossless(piece.codec, rows.dtype):
             rows[first:last] = codecs.round_trip(rows[first:last], piece.codec)
         first = last
     return rows
 
 
-def _lossless(codec: Codec, dtype: torch.dtype) -> bool:
+def lossless(codec: Codec, dtype: torch.dtype) -> bool:
+    """Whether a codec gives hidden states of this dtype back as they were."""
     return codec is Codec.FP32 or (codec is Codec.BF16 and dtype is torch.bfloat16)

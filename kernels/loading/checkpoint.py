@@ -13,7 +13,7 @@ from typing import Final, Protocol
 
 import torch
 
-from ...protocol.errors import ModelNotFound
+from ...protocol.errors import ConfigError, ModelNotFound, UnsupportedModel
 from ...protocol.manifest import Manifest
 from ..models.config import ModelConfig
 from .manifests import Progress
@@ -74,13 +74,12 @@ def open_checkpoint(source: str | Path, *, cache_dir: Path, progress: Progress |
     Raises ModelNotFound when `source` is no model, UnsupportedModel, CorruptCheckpoint.
     """
     from .builtin import BUILTIN, builtin_file  # imported when used: each needs another library
-    from .folder import FolderCheckpoint
 
     if str(source) == BUILTIN:
         return _gguf(builtin_file(cache_dir), BUILTIN, cache_dir, progress)
     path = Path(source).expanduser()
     if path.is_dir():
-        return FolderCheckpoint(path, path.resolve().name, cache_dir, progress)
+        return _folder(path, path.resolve().name, cache_dir, progress)
     if path.is_file():
         if path.suffix.lower() == ".gguf":
             return _gguf(path, path.stem, cache_dir, progress)
@@ -88,7 +87,7 @@ def open_checkpoint(source: str | Path, *, cache_dir: Path, progress: Progress |
     if isinstance(source, str) and _REPOSITORY.fullmatch(source):
         from .hub import fetch_repository
 
-        return FolderCheckpoint(fetch_repository(source), source, cache_dir, progress)
+        return _folder(fetch_repository(source), source, cache_dir, progress)
     raise ModelNotFound(
         f"{str(source)!r} is no model: give a folder with config.json and .safetensors files, a .gguf file, "
         f"a Hugging Face repository id (owner/name), or {BUILTIN}"
@@ -99,3 +98,22 @@ def _gguf(path: Path, name: str, cache_dir: Path, progress: Progress | None) -> 
     from .gguf import GgufCheckpoint
 
     return GgufCheckpoint(path, name, cache_dir, progress)
+
+
+def _folder(path: Path, name: str, cache_dir: Path, progress: Progress | None) -> Checkpoint:
+    """A folder of any family: ours if we know the variation, else transformers'."""
+    from .files import read_settings
+    from .folder import FolderCheckpoint
+
+    try:
+        ModelConfig.from_hf(read_settings(path))
+    except UnsupportedModel as exc:
+        ours = exc
+    else:
+        return FolderCheckpoint(path, name, cache_dir, progress)
+    from .foreign import ForeignFolder  # transformers is loaded here, where it is installed
+
+    try:
+        return ForeignFolder(path, name, cache_dir, progress)
+    except (ConfigError, UnsupportedModel) as exc:
+        raise type(exc)(f"{ours}; {exc}") from exc

@@ -228,6 +228,8 @@ class ModelConfig:
 
     def block_parameters(self) -> int:
         """Weights in the matrices of one block: what a placement decision and a memory estimate count."""
+        if self.foreign is not None:
+            return self.foreign.block_weights
         qkv = self.hidden_size * self.head_dim * (self.num_heads + 2 * self.num_kv_heads)
         output = self.num_heads * self.head_dim * self.hidden_size
         return qkv + output + self.hidden_size * self._mlp_width()

@@ -179,6 +179,9 @@ def _problem(request: Open, span: Span | None) -> tuple[RefusalCode, str] | None
         return RefusalCode.DRAINING, "this server is leaving"
     if request.compute_class and request.compute_class != span.compute_class:
         return RefusalCode.WRONG_CLASS, f"compute class here is {span.compute_class.hex()}"
+    config = span.worker.span.config
+    if config.foreign is not None and request.max_length > config.max_positions:
+        return RefusalCode.BAD_REQUEST, f"{request.max_length} positions: this model has {config.max_positions}"
     if request.embed and not span.embeds:
         return RefusalCode.NO_SPAN, "this server has no embedding"
     if not request.next and request.output != Output.HIDDEN and not span.has_head:

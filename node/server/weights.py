@@ -50,8 +50,8 @@ def load_parts(
         embedding=load_embedding(checkpoint, dtype=dtype, device=device) if start == 0 else None,
         head=load_head(checkpoint, dtype=dtype, device=device) if last else None,
         timings=Timings(decode_s=decode_s, prefill_s=prefill_s),
-        compute_class=compute_class(quant, dtype, device),
-        quant=quant,
+        compute_class=compute_class(span.quant, dtype, device, model.config),
+        quant=span.quant,
     )
 
 
