@@ -276,7 +276,7 @@ class Worker:
         logits = self.head.logits(rows)
         if seat.output == Output.LOGITS:
             return Outcome(logits.float().numpy().tobytes())
-        token, logprob = sample(logits[-1], seat.sampling, (), job.position + job.count)
+        token, logprob = sample(logits[-1], seat.sampling.for_lane(job.lane), (), job.position + job.count)
         return Outcome(token=token, logprob=min(0.0, logprob))
 
 
