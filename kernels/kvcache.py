@@ -12,6 +12,9 @@ A lane opened without takes its chances with what is neither used nor promised.
 Who pays: a page counts against the lane that allocated it. When that lane drops it while others hold it, another holder
 pays from then on.
 
+Lanes whose sessions begin in the same way share pages too, and pages may outlive their lanes for sessions to come
+(prefixes.py). What only that cache holds is counted apart: `used + cached <= budget` holds as well.
+
 Unused slots hold zeros: attention multiplies them by exact zeros, and 0 * NaN would not be 0.
 
 Books may be read and lanes opened on any thread; pages are touched by one thread only (a server's compute thread).
@@ -20,6 +23,7 @@ Books may be read and lanes opened on any thread; pages are touched by one threa
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from typing import Final
 
 import torch
@@ -28,6 +32,7 @@ from ..protocol.errors import LocalProtocolError, ServerBusy, SwarmError
 from .attention import TILE, tile_ceil
 from .models.config import ModelConfig
 from .pages import Page, pack, read, slot_width
+from .prefixes import PrefixCache
 
 ROLLBACK: Final = 64
 """Positions behind the window that sliding blocks keep, so that short truncations need no replay."""
@@ -66,8 +71,10 @@ class KVPool:
         self.device = torch.device(device)
         self._used = 0
         self._promised = 0
+        self._cached = 0
         self._lanes = 0
         self._lock = threading.Lock()
+        self.prefixes = PrefixCache(self)
 
     @property
     def used_bytes(self) -> int:
@@ -78,6 +85,11 @@ class KVPool:
     def promised_bytes(self) -> int:
         """Bytes that lanes may still take by what they were promised."""
         return self._promised
+
+    @property
+    def cached_bytes(self) -> int:
+        """Bytes kept for sessions to come, beside what lanes hold. They go as soon as a lane takes their room."""
+        return self._cached
 
     @property
     def lanes(self) -> int:
@@ -147,19 +159,32 @@ class KVPool:
             f"{self._promised} promised, and {wanted} more are needed; try another server or later"
         )
 
-    def take(self, wanted: int, promised: int) -> None:
-        """Count `wanted` bytes of new pages, `promised` of them promised. Raises ServerBusy, changing nothing."""
+    def take(self, wanted: int, promised: int, cached: int = 0) -> None:
+        """A lane takes `wanted` bytes, `promised` of them promised to it, `cached` of them in memory already.
+
+        Raises ServerBusy, changing nothing.
+        """
         with self._lock:
             if wanted - promised > self.free_bytes:
                 raise ServerBusy(self._full(wanted))
             self._promised -= promised
             self._used += wanted
+            self._cached -= cached
+        self.prefixes.fit()
 
-    def give(self, freed: int, promised: int) -> None:
-        """`freed` bytes left memory, and `promised` go back to a lane's promise."""
+    def give(self, freed: int, promised: int, cached: int = 0) -> None:
+        """A lane gives `freed` bytes back, `promised` of them to its promise; `cached` stay in memory all the same."""
         with self._lock:
             self._used -= freed
             self._promised += promised
+            self._cached += cached
+        if cached:
+            self.prefixes.fit()
+
+    def keep(self, size: int) -> None:
+        """So many bytes more are kept for sessions to come."""
+        with self._lock:
+            self._cached += size
 
     def close_lane(self, promised: int) -> None:
         """A lane is gone that could still have taken so much of its promise."""
@@ -229,8 +254,11 @@ class LaneCache:
         in_8_bits = pool.dtype is torch.int8
         self.blocks = [BlockCache(pool.config.window(index), in_8_bits=in_8_bits) for index in range(start, end)]
         self._pool = pool
+        self.known: list[bytes] = []
+        """Names of its first tiles (prefixes.py)."""
         self._promise = promise  # bytes it may still take
         self._ready = 0  # up to here rows can be written
+        self._torn = False  # behind its last position a page may hold what another lane put there
         self._open = True
 
     @property
@@ -238,11 +266,14 @@ class LaneCache:
         """Memory of all its pages, shared ones too."""
         return sum(len(block.pages) for block in self.blocks) * self._pool.page_bytes
 
-    def reserve(self, length: int) -> None:
-        """Make room for `length` positions in all. Raises ServerBusy, leaving the lane as it was."""
+    def reserve(self, length: int, tiles: Sequence[Sequence[Page]] = ()) -> None:
+        """Make room for `length` positions in all. Raises ServerBusy, leaving the lane as it was.
+
+        `tiles` are pages, one for each block, that hold the first of the new positions already.
+        """
         if not self._open:
             raise LocalProtocolError("this lane was freed")
-        if length <= self._ready:
+        if length <= self._ready and not tiles:
             return
         if self.max_length is not None and (length > self.max_length or length - self.length > PASS_ROWS):
             raise LocalProtocolError(
@@ -251,8 +282,25 @@ class LaneCache:
             )
         self._drop_stale()
         with torch.inference_mode():
+            if tiles:
+                self._adopt(tiles)
             self._grow(length)
         self._ready = tile_ceil(length)
+
+    def _adopt(self, tiles: Sequence[Sequence[Page]]) -> None:
+        """Hold pages of the cache, for what was promised to this lane where no other pays for them."""
+        ended = self.length // TILE * TILE
+        for block in self.blocks:
+            self._release(block.pages[(ended - block.base) // TILE :])
+            del block.pages[(ended - block.base) // TILE :]
+        unpaid = 0
+        for tile in tiles:
+            for block, page in zip(self.blocks, tile, strict=True):
+                unpaid += not page.holders
+                page.holders.append(self)
+                block.pages.append(page)
+        self._take(unpaid, cached=unpaid)
+        self.length += TILE * len(tiles)
 
     def _drop_stale(self) -> None:
         for block in self.blocks:
@@ -264,6 +312,10 @@ class LaneCache:
     def _grow(self, length: int) -> None:
         missing = [(tile_ceil(length) - block.base) // TILE - len(block.pages) for block in self.blocks]
         torn = self.length % TILE
+        if torn and self._torn:
+            for block in self.blocks:
+                block.page(self.length).clear_from(torn)
+        self._torn = False
         shared = [block for block in self.blocks if torn and block.page(self.length).shared]
         old = [block.page(self.length) for block in shared]
         if self.max_length is not None:  # what it no longer pays for the shared pages pays for the copies
@@ -283,10 +335,10 @@ class LaneCache:
         width = slot_width(config.head_dim, pool.dtype)
         return torch.zeros(2, config.num_kv_heads, TILE, width, dtype=pool.dtype, device=pool.device)
 
-    def _take(self, pages: int) -> None:
+    def _take(self, pages: int, cached: int = 0) -> None:
         wanted = pages * self._pool.page_bytes
         promised = min(wanted, self._promise)
-        self._pool.take(wanted, promised)
+        self._pool.take(wanted, promised, cached * self._pool.page_bytes)
         self._promise -= promised
 
     def _release(self, pages: list[Page]) -> None:
@@ -301,7 +353,8 @@ class LaneCache:
             self._promise += back
             if page.holders:
                 back -= page.holders[0].pay()
-            self._pool.give(0 if page.holders else size, back)
+            freed = 0 if page.holders else size
+            self._pool.give(freed, back, freed if page.cached else 0)
 
     def pay(self) -> int:
         """Take over a page that its payer has dropped; returns the bytes of promise this uses up."""
@@ -330,13 +383,14 @@ class LaneCache:
             for block in self.blocks:
                 self._cut(block, position)
         self.length = self._ready = position
+        del self.known[position // TILE :]
 
     def _cut(self, block: BlockCache, position: int) -> None:
         kept = (tile_ceil(position) - block.base) // TILE
         self._release(block.pages[kept:])
         del block.pages[kept:]
-        if position % TILE and not block.pages[-1].shared:
-            block.pages[-1].slots[:, :, position % TILE :].zero_()
+        if position % TILE and not block.pages[-1].clear_from(position % TILE):
+            self._torn = True  # who shares it may let go of it before this lane writes into it
 
     def reset(self) -> None:
         """Empty the lane and give its memory back; it stays open. A replay starts with it."""
@@ -344,6 +398,7 @@ class LaneCache:
             self._release(block.pages)
             block.pages, block.base = [], 0
         self.length = self._ready = 0
+        self.known, self._torn = [], False
 
     def fork(self) -> LaneCache:
         """A lane of its own with the same contents, sharing all pages until one of the two writes.
@@ -367,6 +422,7 @@ class LaneCache:
                 page.holders.append(self)
         origin._ready = min(origin._ready, origin.length)
         self.length = self._ready = origin.length
+        self.known, self._torn = list(origin.known), origin._torn
 
     def free(self) -> None:
         """Give everything back. Safe to call twice."""

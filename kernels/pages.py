@@ -68,6 +68,12 @@ class Page:
         """Whether writing into it would change what others read."""
         return self.cached or len(self.holders) > 1
 
+    def clear_from(self, slot: int) -> bool:
+        """Zero the slots from here on, if nobody else reads them; whether that was done."""
+        if not self.shared:
+            self.slots[:, :, slot:].zero_()
+        return not self.shared
+
 
 def read(pages: list[Page], out: torch.Tensor) -> None:
     """Copy whole pages into `out` [2, kv_heads, positions, head_dim], as floats of its dtype."""

@@ -3,6 +3,9 @@
 The event loop never waits for it and it never waits for the loop: jobs come in under a lock, outcomes go back with
 call_soon_threadsafe. What a job needs in torch (decode or embed its rows, the blocks, encode or sample) happens here,
 on this thread alone, so KV caches need no locks; freeing a session's cache is just another thing the thread does.
+
+Rows that begin a session in the way another began are not computed again: their pages and results are there already
+(kernels/prefixes.py).
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Final
 
@@ -21,6 +24,7 @@ import torch
 from ...kernels import codecs
 from ...kernels.head import Embedding, Head
 from ...kernels.kvcache import KVPool, LaneCache, NeedReplay
+from ...kernels.prefixes import Start, seed_of
 from ...kernels.sampling import sample
 from ...kernels.span import Piece, Span
 from ...protocol.errors import LocalProtocolError, RemoteProtocolError, SwarmError
@@ -50,6 +54,8 @@ class Seat:
     caches: list[LaneCache]
     user: bytes = b""
     """Who opened it: users share the device evenly."""
+    seed: bytes = b""
+    """Seats of equal seeds share what they have in common; empty: with nobody."""
     closed: bool = False
 
     def codec_at(self, border: int) -> Codec:
@@ -62,7 +68,8 @@ class _Work:
     seat: Seat
     job: Job
     done: Callable[[Outcome], None]
-    rows: torch.Tensor | None = None  # [count, hidden]
+    start: Start = field(default_factory=Start)
+    rows: torch.Tensor | None = None  # [rows to compute, hidden]
     outcome: Outcome | None = None
 
 
@@ -77,13 +84,20 @@ class Worker:
     """Owns the thread. All methods are called from the event loop, except those starting with `_run`."""
 
     def __init__(
-        self, span: Span, pool: KVPool, embedding: Embedding | None, head: Head | None, timings: Timings
+        self,
+        span: Span,
+        pool: KVPool,
+        embedding: Embedding | None,
+        head: Head | None,
+        timings: Timings,
+        share_prefixes: str = "all",
     ) -> None:
         self.span = span
         self.pool = pool
         self.embedding = embedding
         self.head = head
         self.timings = timings
+        self._share_prefixes = share_prefixes
         self._loop = asyncio.get_running_loop()
         self._scheduler: Scheduler[_Work | _Move] = Scheduler()
         self._condition = threading.Condition()
@@ -121,7 +135,17 @@ class Worker:
             sampling=SamplingParams.from_wire(request.sampling) if request.sampling else SamplingParams(),
             caches=caches,
             user=user,
+            seed=self._seed(request, user),
         )
+
+    def _seed(self, request: Open, user: bytes) -> bytes:
+        """What decides about a session's rows beside those that come in."""
+        if self._share_prefixes == "none":
+            return b""
+        cuts = sorted(cut for cut in set(request.cuts) if request.start <= cut < request.end)
+        codec = request.codec if cuts else None
+        owner = user if self._share_prefixes == "user" else b""
+        return seed_of(request.start, request.end, request.embed, cuts, codec, owner)
 
     def submit(self, seat: Seat, job: Job, done: Callable[[Outcome], None]) -> None:
         """Queue a job; `done` is called on the loop with its outcome, unless the seat was released meanwhile."""
@@ -198,8 +222,10 @@ class Worker:
     def _run_batch(self, batch: Sequence[_Work]) -> None:
         began = time.perf_counter()
         ready = [work for work in batch if self._run_prepare(work)]
-        if ready:
-            self._run_blocks(ready)
+        if fresh := [work for work in ready if work.start.count < work.job.count]:
+            self._run_blocks(fresh)
+        for work in ready:
+            self._run_finish(work)
         seconds = time.perf_counter() - began
         for work in batch:
             outcome = work.outcome or Outcome()
@@ -207,15 +233,16 @@ class Worker:
             self._loop.call_soon_threadsafe(_deliver, work, timed)
 
     def _run_prepare(self, work: _Work) -> bool:
-        """Rows in, cache cut and room reserved. A fault of one job is that job's outcome, not its neighbours'."""
+        """Cache cut, room reserved, rows in. A fault of one job is that job's outcome, not its neighbours'."""
         seat, job = work.seat, work.job
         try:
-            work.rows = self._run_rows(seat, job)
             cache = seat.caches[job.lane]
             if job.position == 0 and cache.length:
                 cache.reset()  # a replay from the start: also windowed blocks can do that
             cache.truncate(job.position)
-            cache.reserve(job.position + job.count)
+            work.start = self.pool.prefixes.begin(cache, seat.seed, job.count, job.payload)
+            if work.start.count < job.count:
+                work.rows = self._run_rows(seat, job, work.start.count)
         except NeedReplay as exc:
             work.outcome = Outcome(error=KVGone(str(exc)))
             return False
@@ -224,40 +251,44 @@ class Worker:
             return False
         return True
 
-    def _run_rows(self, seat: Seat, job: Job) -> torch.Tensor:
-        """[count, hidden] in the compute dtype."""
-        config = self.span.config
+    def _run_rows(self, seat: Seat, job: Job, first: int) -> torch.Tensor:
+        """A job's rows from `first` on, [rows, hidden] in the compute dtype."""
+        config, count = self.span.config, job.count - first
+        payload = memoryview(job.payload)[len(job.payload) // job.count * first :]
         if job.payload_kind == Kind.HIDDEN:
             codec = seat.codec_at(seat.start)
-            rows = codecs.decode(job.payload, codec, job.count, config.hidden_size, self.span.dtype)
+            rows = codecs.decode(payload, codec, count, config.hidden_size, self.span.dtype)
             if not torch.isfinite(rows).all():
                 raise BadRows("hidden states from the previous hop are not finite")
             return rows
         assert self.embedding is not None
-        ids = np.frombuffer(job.payload, np.uint32).astype(np.int64)
+        ids = np.frombuffer(payload, np.uint32).astype(np.int64)
         if int(ids.max()) >= config.vocab_size:
             raise RemoteProtocolError(f"token id {int(ids.max())} is not in the vocabulary of {config.vocab_size}")
         rows = self.embedding(torch.from_numpy(ids))
         return codecs.round_trip(rows, seat.codec) if seat.start in seat.cuts else rows
 
-    def _run_blocks(self, ready: Sequence[_Work]) -> None:
-        seat = ready[0].seat
-        pieces = [
-            Piece(w.seat.caches[w.job.lane], w.job.position, w.job.count, w.seat.cuts, w.seat.codec) for w in ready
-        ]
-        rows = torch.cat([w.rows for w in ready if w.rows is not None]) if len(ready) > 1 else ready[0].rows
-        assert rows is not None
+    def _run_blocks(self, fresh: Sequence[_Work]) -> None:
+        """Compute the rows that are not known; each job's then stand in its `rows`."""
+        seat, pieces, rows = fresh[0].seat, [], []
+        for work in fresh:
+            assert work.rows is not None
+            rows.append(work.rows)
+            position = work.job.position + work.start.count
+            cache = work.seat.caches[work.job.lane]
+            pieces.append(Piece(cache, position, work.rows.shape[0], work.seat.cuts, work.seat.codec))
+        count = sum(part.shape[0] for part in rows)
         began = time.perf_counter()
-        out = self.span.run(rows, pieces, seat.start, seat.end)
-        self.timings.learn(rows.shape[0], seat.end - seat.start, time.perf_counter() - began)
-        offset = 0
-        for work in ready:
-            self._run_finish(work, out[offset : offset + work.job.count])
-            offset += work.job.count
+        out = self.span.run(torch.cat(rows) if len(rows) > 1 else rows[0], pieces, seat.start, seat.end)
+        self.timings.learn(count, seat.end - seat.start, time.perf_counter() - began)
+        for work, piece, part in zip(fresh, pieces, torch.split(out, [piece.count for piece in pieces]), strict=True):
+            work.rows = part
+            self.pool.prefixes.end(piece.cache, work.start, part)
 
-    def _run_finish(self, work: _Work, rows: torch.Tensor) -> None:
+    def _run_finish(self, work: _Work) -> None:
+        parts = work.start.rows + ([] if work.rows is None else [work.rows])
         try:
-            work.outcome = self._run_output(work.seat, work.job, rows)
+            work.outcome = self._run_output(work.seat, work.job, torch.cat(parts) if len(parts) > 1 else parts[0])
         except SwarmError as exc:
             work.outcome = Outcome(error=exc)
 

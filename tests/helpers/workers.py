@@ -23,17 +23,20 @@ _numbers = itertools.count(1)
 class Desk:
     """A worker over a random tiny model. `async with`."""
 
-    def __init__(self, *, budget=1 << 24, dtype=torch.float32, blocks=3, kv_dtype=None, **config) -> None:
+    def __init__(
+        self, *, budget=1 << 24, dtype=torch.float32, blocks=3, kv_dtype=None, share_prefixes="all", **config
+    ) -> None:
         self.config = make_config(num_blocks=blocks, **config)
         checkpoint = RandomCheckpoint(self.config)
         self.dtype = dtype
         self._ends = load_embedding(checkpoint, dtype=dtype), load_head(checkpoint, dtype=dtype)
+        self._share_prefixes = share_prefixes
         self._span = load_span(checkpoint, 0, blocks, dtype=dtype)
         self.pool = KVPool(budget, self.config, 0, blocks, kv_dtype or dtype)
 
     async def __aenter__(self) -> Desk:
         torch.set_num_threads(1)
-        self.worker = Worker(self._span, self.pool, *self._ends, Timings())
+        self.worker = Worker(self._span, self.pool, *self._ends, Timings(), self._share_prefixes)
         return self
 
     async def __aexit__(self, *exc: object) -> None:
