@@ -79,6 +79,18 @@ def choose_rows(
     return made
 
 
+def continuations(
+    logits: torch.Tensor, params: SamplingParams, history: Sequence[int], count: int
+) -> list[tuple[int, float]]:
+    """The `count` likeliest tokens and their log probabilities, for a beam search; biases and penalties come after the
+    softmax, as transformers has it. Raises ServerFailed when the logits are not finite."""
+    if not torch.isfinite(logits.max()):
+        raise ServerFailed("the logits are not finite: a server of the chain computed nonsense; ban it and retry")
+    scores = torch.log_softmax(logits.detach().float().cpu(), -1).numpy()
+    scores = _adjust(scores, params, history) if params.adjusts else scores
+    return list(_likeliest(scores, 0.0, count))
+
+
 def _likeliest(raw: Floats, total: float, top: int) -> tuple[tuple[int, float], ...]:
     """The `top` likeliest tokens with their log probabilities, the likeliest first, of equals the lower id."""
     if top == 0:

@@ -60,6 +60,16 @@ class Ends:
 
         return await choose_from_logits(payload, self._vocab, params, history, guesses, top)
 
+    async def continuations(
+        self, payload: bytes, params: SamplingParams, history: Sequence[int], count: int
+    ) -> list[tuple[int, float]]:
+        """The likeliest tokens after `history` and their log probabilities. Not where the tail samples."""
+        if self._local is not None:
+            return await self._local.continuations(payload, self._codec, params, history, count)
+        from .local import continuations_from_logits  # torch is loaded here, not before
+
+        return await continuations_from_logits(payload, self._vocab, params, history, count)
+
     async def forward(self, chain: ChainSession, ids: Sequence[int]) -> AsyncIterator[bytes]:
         """Results of a whole sequence, a chunk each, in order."""
         parts = list(chunks(ids, FORWARD_ROWS))

@@ -73,6 +73,10 @@ class GenerationStats:
     """`peer[start:end]` of each hop, as the chain stood at the end."""
     gaps_s: list[float] = field(default_factory=list)
 
+    def note_chain(self, repairs: int, wire: str, route: tuple[str, ...]) -> None:
+        """How the chain stood at the end."""
+        self.repairs, self.wire, self.route = repairs, wire, route
+
     @property
     def tokens_per_s(self) -> float:
         """Decoding rate, the first token not counted."""
@@ -96,8 +100,6 @@ class Wishes:
     max_new_tokens: int
     ends: frozenset[int]
     """Token ids a sequence ends with."""
-    stops: tuple[str, ...] = ()
-    """Texts a sequence ends before."""
     top: int = 0
     """Likeliest tokens to report beside each one chosen."""
     ngrams: bool = True
@@ -108,10 +110,12 @@ class Writing:
     """One sequence on its lane."""
 
     def __init__(
-        self, lane: int, index: int, prompt: Sequence[int], params: SamplingParams, stream: TextStream
+        self, lane: int, leader: int, prompt: Sequence[int], params: SamplingParams, stream: TextStream
     ) -> None:
         self.lane = lane
-        self.index = index
+        """Its number among those written at once, too."""
+        self.leader = leader
+        """The first lane of the same prompt, which computes the prompt for all."""
         self.history = list(prompt)
         """Every token known: all but the last were fed."""
         self.params = params
@@ -125,6 +129,12 @@ class Writing:
         """Their results so far."""
         self.fed_at = 0.0
         self.speculator: Speculator | None = None
+
+    def arrived(self, result: Result, payload: bytes) -> bool:
+        """A result of the step under way. True when all its rows are back."""
+        self.payload += payload
+        self.due -= result.count
+        return self.due <= 0
 
 
 class Generation:
@@ -163,32 +173,39 @@ class Generation:
     async def _write(self, writings: Sequence[Writing], began: float) -> AsyncGenerator[Piece, None]:
         live = {writing.lane: writing for writing in writings}
         for writing in writings:
-            await self._prefill(writing)
+            if writing.lane == writing.leader:
+                await self._prefill(writing)
         last = began
         while live:
             result, payload = await self._chain.result()
             writing = live[result.lane]
-            made = await self._take(writing, result, payload)
+            if not writing.arrived(result, payload):
+                continue
+            made = await self._choose(writing, result)
             for _ in made:
                 last = self._note(last)
-            if made and made[-1].finish_reason is not None:
-                del live[writing.lane]
-            elif made:
+            if made[-1].finish_reason is None:
                 await self._step(writing)
+            else:
+                del live[writing.lane]
             for piece in made:
                 yield piece
 
     async def _prefill(self, writing: Writing) -> None:
         """Feed what is new of the prompt in chunks; only the last row's result is wanted."""
-        lane, prompt = writing.lane, writing.history
-        parts = list(chunks(prompt[self._chain.position(lane) :], PREFILL_ROWS))
+        lane = writing.lane
+        parts = list(chunks(writing.history[self._chain.position(lane) :], PREFILL_ROWS))
         for number, part in enumerate(parts, 1):
             want = Want.LAST if number == len(parts) else Want.NOTHING
-            self._chain.feed(await self._ends.rows(part), len(part), want, lane)
-        writing.due, writing.fed_at = len(parts[-1]), self._clock.now()
+            self._feed(writing, await self._ends.rows(part), len(part), want)
+        await self._prepare(writing)
+
+    async def _prepare(self, writing: Writing) -> None:
+        """Get ready to guess, while the servers compute."""
+        prompt = writing.history
         if self._wishes.ngrams or self._draft is not None:
             writing.speculator = Speculator(self._pace, ngrams=self._wishes.ngrams, model=self._draft is not None)
-            if len(prompt) > INLINE_TOKENS:  # while the servers compute
+            if len(prompt) > INLINE_TOKENS:
                 await asyncio.to_thread(writing.speculator.follow, tuple(prompt))
 
     async def _step(self, writing: Writing) -> None:
@@ -198,8 +215,11 @@ class Generation:
         rows = await self._ends.rows([writing.history[-1], *guesses])
         if self._chain.position(lane) > known:
             self._chain.truncate(known, lane)
-        self._chain.feed(rows, 1 + len(guesses), Want.ALL if guesses else Want.LAST, lane)
-        writing.due, writing.fed_at, writing.payload = 1 + len(guesses), self._clock.now(), b""
+        self._feed(writing, rows, 1 + len(guesses), Want.ALL if guesses else Want.LAST)
+
+    def _feed(self, writing: Writing, rows: bytes, count: int, want: Want) -> None:
+        self._chain.feed(rows, count, want, writing.lane)
+        writing.due, writing.fed_at, writing.payload = count, self._clock.now(), b""
 
     async def _guess(self, writing: Writing) -> list[int]:
         speculator = writing.speculator
@@ -213,12 +233,8 @@ class Generation:
             speculator.drafted_by_model(tokens, self._clock.now() - began)
         return (guess.tokens or [])[: guess.count]
 
-    async def _take(self, writing: Writing, result: Result, payload: bytes) -> list[Piece]:
-        """The pieces a result brings; none while rows of the step are due."""
-        writing.payload += payload
-        writing.due -= result.count
-        if writing.due > 0:
-            return []
+    async def _choose(self, writing: Writing, result: Result) -> list[Piece]:
+        """The pieces a step brings."""
         choices = await self._ends.choose(
             result, writing.payload, writing.params, writing.history, writing.guesses, self._wishes.top
         )
@@ -252,7 +268,7 @@ class Generation:
             token_id=choice.token,
             logprob=choice.logprob,
             finish_reason=reason or None,
-            index=writing.index,
+            index=writing.lane,
             top_logprobs=choice.top,
         )
 

@@ -16,7 +16,7 @@ import torch
 
 from ...kernels import codecs
 from ...kernels.engine import DTYPES, load_embedding, load_head
-from ...kernels.sampling import choose_rows
+from ...kernels.sampling import choose_rows, continuations
 from ...protocol.errors import RemoteProtocolError
 from ...protocol.sampling import Choice, SamplingParams
 from ...protocol.tensors import Codec, payload_size
@@ -71,6 +71,12 @@ class LocalEnds:
             lambda: choose_rows(_last(self._logits(payload, codec), guesses), params, history, guesses, top)
         )
 
+    async def continuations(
+        self, payload: bytes, codec: Codec, params: SamplingParams, history: Sequence[int], count: int
+    ) -> list[tuple[int, float]]:
+        """The likeliest tokens after `history`: the last row of `payload` stands behind it."""
+        return await self._run(lambda: continuations(self._logits(payload, codec)[-1], params, history, count))
+
     async def logits(self, payload: bytes, codec: Codec) -> torch.Tensor:
         """float32 logits [rows, vocab]."""
         return await self._run(lambda: self._logits(payload, codec))
@@ -92,6 +98,13 @@ async def choose_from_logits(
     return await asyncio.to_thread(
         lambda: choose_rows(_last(as_logits(payload, vocab), guesses), params, history, guesses, top)
     )
+
+
+async def continuations_from_logits(
+    payload: bytes, vocab: int, params: SamplingParams, history: Sequence[int], count: int
+) -> list[tuple[int, float]]:
+    """The likeliest tokens from logits a server sent."""
+    return await asyncio.to_thread(lambda: continuations(as_logits(payload, vocab)[-1], params, history, count))
 
 
 def _last(logits: torch.Tensor, guesses: Sequence[int]) -> torch.Tensor:

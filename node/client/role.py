@@ -12,7 +12,8 @@ from ...routing.swarm import SwarmView
 from ..config import BUILTIN_MODEL
 from ..host import Host
 from ..models import Model, Models
-from .model import Context, RemoteModel
+from .model import RemoteModel
+from .opening import Context
 from .router import SwarmModel
 
 
