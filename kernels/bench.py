@@ -15,7 +15,8 @@ import torch
 from .engine import Source, load_head, load_span, span_bytes
 from .kvcache import KVPool
 from .linear import multiplies_bf16
-from .measure import best_seconds, block_times, fixed_values, matmul_rate, read_bandwidth
+from .measure import best_seconds, block_times, matmul_rate, read_bandwidth
+from .probe import fixed_values
 from .quant.int8 import quantize
 from .quant.products import integer_product
 from .weight import Weight

@@ -42,7 +42,8 @@ def load_parts(
     quant = settings.quant or default_quant(model.config, end - start, free_memory_bytes() or 0)
     span = load_span(checkpoint, start, end, dtype=dtype, quant=quant, device=device, progress=progress)
     last = end == model.config.num_blocks
-    pool = KVPool(kv_bytes, model.config, start, end, dtype, device)
+    stored = torch.int8 if settings.kv == "int8" else dtype
+    pool = KVPool(kv_bytes, model.config, start, end, stored, device)
     decode_s, prefill_s = block_times(span, pool)
     return Parts(
         span=span,
@@ -50,7 +51,7 @@ def load_parts(
         embedding=load_embedding(checkpoint, dtype=dtype, device=device) if start == 0 else None,
         head=load_head(checkpoint, dtype=dtype, device=device) if last else None,
         timings=Timings(decode_s=decode_s, prefill_s=prefill_s),
-        compute_class=compute_class(span.quant, dtype, device, model.config),
+        compute_class=compute_class(span.quant, dtype, device, model.config, settings.kv),
         quant=span.quant,
     )
 

@@ -30,28 +30,6 @@ def test_classes_differ_by_what_decides_bits(monkeypatch):
     assert all(len(found) == measure.CLASS_BYTES for found in (fp32, *others))
 
 
-def test_probe_does_not_depend_on_threads_and_is_row_exact(caplog):
-    first = measure.probe_digest("none", torch.bfloat16)
-    measure.probe_digest.cache_clear()
-    torch.set_num_threads(2)
-    assert measure.probe_digest("none", torch.bfloat16) == first
-    assert not caplog.records  # it warns where rows are not exact
-
-
-def test_llm_int8_is_found_not_exact(caplog):
-    measure.probe_digest.cache_clear()
-    measure.probe_digest("llm-int8", torch.bfloat16)
-    assert "not row-exact for llm-int8" in caplog.text
-
-
-def test_fixed_values_are_fixed():
-    values = measure.fixed_values((2, 3), 1)
-    assert values.flatten().tolist() == pytest.approx(
-        [0.166748, -0.107117, 0.808472, 0.10733, 0.886414, -0.806366], abs=1e-5
-    )
-    assert measure.fixed_values((100, 100), 5).mean().abs() < 0.02
-
-
 def test_block_times_leave_the_pool_as_it_was():
     config = make_config()
     span = load_span(RandomCheckpoint(config), 0, 2, dtype=torch.float32)
