@@ -229,6 +229,14 @@ def _folder_set(name: str) -> bool:
 )
 @_option("--dtype", default="bf16", show_default=True, metavar="bf16|fp32", help="Type computed in.")
 @_option("--device", default="cpu", show_default=True, help="Torch device.")
+@_option("--kv", default="full", show_default=True, metavar="full|int8", help="Keys and values as computed, or halved.")
+@_option(
+    "--share-prefixes",
+    default="all",
+    show_default=True,
+    metavar="all|user|none",
+    help="Whose sessions compute what they begin with once.",
+)
 @_option("--threads", type=click.IntRange(1, 1024), default=None, metavar="N", help="Threads to compute with.")
 @_option("--identity", type=click.Path(path_type=Path), default=None, metavar="FILE", help="Key file, made if missing.")
 @_option("--allow", multiple=True, metavar="PEER|CIDR", help="Let it in even when the node is full. Repeatable.")
@@ -255,6 +263,8 @@ def join(
     quant: str | None,
     dtype: str,
     device: str,
+    kv: str,
+    share_prefixes: str,
     threads: int | None,
     identity: Path | None,
     allow: tuple[str, ...],
@@ -282,6 +292,8 @@ def join(
         quant=quant,
         dtype=dtype,
         device=device,
+        kv=kv,
+        share_prefixes=share_prefixes,
         threads=threads,
     )
     return commands.run(commands.join(config, serving, _console(ctx, as_json)))

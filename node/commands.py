@@ -73,6 +73,8 @@ class Serving:
     quant: str | None
     dtype: str
     device: str
+    kv: str = "full"
+    share_prefixes: str = "all"
     threads: int | None = None
     """Threads to compute with; None: all processors but one, which the rest of the machine keeps."""
 
@@ -128,6 +130,8 @@ async def _serve(node: Node, serving: Serving, console: Console) -> ServedSpan:
         quant=serving.quant,
         dtype=serving.dtype,
         device=serving.device,
+        kv=serving.kv,
+        share_prefixes=serving.share_prefixes,
         progress=loading,
         opening=opening,
     )

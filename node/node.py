@@ -190,6 +190,8 @@ class Node:
         quant: str | None = None,
         dtype: str = "bf16",
         device: str = "cpu",
+        kv: str = "full",
+        share_prefixes: str = "all",
         progress: LoadProgress | None = None,
         opening: Callable[[str, int, int], None] | None = None,
     ) -> ServedSpan:
@@ -199,7 +201,14 @@ class Node:
         """
         from .server.span import SpanSettings
 
-        settings = SpanSettings(quant=quant, dtype=dtype, device=device, kv_bytes=self.config.kv_bytes)
+        settings = SpanSettings(
+            quant=quant,
+            dtype=dtype,
+            device=device,
+            kv_bytes=self.config.kv_bytes,
+            kv=kv,
+            share_prefixes=share_prefixes,
+        )
         opened = await self._models_here().open(model, opening)
         if self._server is not None and any(s.model.digest == opened.digest for s in self._server.spans):
             raise ConfigError(f"this node already serves {opened.name}: start another node for another span of it")

@@ -348,7 +348,7 @@ class CardboardNode:
     async def model(self, name):
         return self.model_
 
-    async def serve(self, model, *, span, quant, dtype, device, progress, opening):
+    async def serve(self, model, *, span, quant, dtype, device, kv, share_prefixes, progress, opening):
         opening("reading", 5_000_000, 10_000_000)
         for done in (1, 2):
             progress(done, 2)

@@ -22,6 +22,8 @@ KV_MOST: Final = 4 << 30
 KV_LEAST: Final = 64 << 20
 QUANTS: Final = ("none", "int8", "nf4", "llm-int8")
 DTYPES: Final = ("bf16", "fp32")
+KV_FORMS: Final = ("full", "int8")
+SHARING: Final = ("all", "user", "none")
 
 LoadProgress = Callable[[int, int], None]
 """(blocks done, blocks in all), called on a loading thread."""
@@ -37,12 +39,20 @@ class SpanSettings:
     """Compute dtype."""
     device: str = "cpu"
     kv_bytes: int | None = None
+    kv: str = "full"
+    """Keys and values as computed, or as int8: half the memory, another compute class."""
+    share_prefixes: str = "all"
+    """Whose sessions share what they begin with: those of all users, of one user, or none."""
 
     def __post_init__(self) -> None:
         if self.quant is not None and self.quant not in QUANTS:
             raise ConfigError(f"quant {self.quant!r} is not one of {', '.join(QUANTS)}")
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
+        if self.kv not in KV_FORMS:
+            raise ConfigError(f"kv {self.kv!r} is not one of {', '.join(KV_FORMS)}")
+        if self.share_prefixes not in SHARING:
+            raise ConfigError(f"share_prefixes {self.share_prefixes!r} is not one of {', '.join(SHARING)}")
 
 
 def check_span(model: Model, span: tuple[int, int]) -> tuple[int, int]:
@@ -60,7 +70,7 @@ def check_span(model: Model, span: tuple[int, int]) -> tuple[int, int]:
 class ServedSpan:
     """Blocks [start, end) of a model, ready to run. Make one with `load`; `close` ends its thread."""
 
-    def __init__(self, model: Model, start: int, end: int, parts: Parts) -> None:
+    def __init__(self, model: Model, start: int, end: int, parts: Parts, share_prefixes: str = "all") -> None:
         from .compute import Worker  # torch is loaded here, not before
 
         self.model = model
@@ -71,7 +81,7 @@ class ServedSpan:
         self.embeds = parts.embedding is not None
         self.has_head = parts.head is not None
         self.draining = False
-        self.worker = Worker(parts.span, parts.pool, parts.embedding, parts.head, parts.timings)
+        self.worker = Worker(parts.span, parts.pool, parts.embedding, parts.head, parts.timings, share_prefixes)
 
     @classmethod
     async def load(
@@ -82,7 +92,7 @@ class ServedSpan:
         if model.checkpoint is None:
             raise ConfigError(f"the weights of {model.name} are not on this machine: name a folder or file of it")
         parts = await asyncio.to_thread(_load_parts, model, start, end, settings, progress)
-        return cls(model, start, end, parts)
+        return cls(model, start, end, parts, settings.share_prefixes)
 
     def covers(self, digest: bytes, start: int, end: int) -> bool:
         """Whether it can run these blocks of this model."""
