@@ -273,7 +273,8 @@ def _stats_json(stats: GenerationStats) -> dict[str, object]:
 
 def _say_stats(stats: GenerationStats, console: Console) -> None:
     console.note(f"route        {' -> '.join(stats.route)}, wire {stats.wire}")
-    console.note(f"tokens       {stats.prompt_tokens} in, {stats.new_tokens} out, {stats.tokens_per_s:.1f} tokens/s")
+    known = f" ({stats.cached_tokens} known)" if stats.cached_tokens else ""
+    console.note(f"tokens       {stats.prompt_tokens} in{known}, {stats.new_tokens} out, {stats.tokens_per_s:.1f} tokens/s")
     console.note(f"first token  {milliseconds(stats.first_token_s)}, longest gap {milliseconds(stats.longest_gap_s)}")
     if stats.drafted:
         right = f"{stats.accepted} of {stats.drafted} guesses right"
@@ -283,18 +284,19 @@ def _say_stats(stats: GenerationStats, console: Console) -> None:
 
 
 async def chat(config: NodeConfig, how: Generating, system: str | None, console: Console, *, raw: bool = False) -> int:
-    """Talk: a line in, an answer out, until end of file. The whole conversation is the prompt.
+    """Talk: a line in, an answer out, until end of file. The whole conversation is the prompt; only what is new of it
+    is computed.
 
     With `raw` it is given as it stands, line after line, to a model without a chat template.
     """
     use_threads(None)
     messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
-    async with _model_for(config, how.model, console) as model:
+    async with _model_for(config, how.model, console) as model, model.conversation() as talk:
         console.note(f"talking to {model.name}; an empty line or Ctrl-D ends")
         while (line := await asyncio.to_thread(_read_line, console)) != "":
             messages.append({"role": "user", "content": line})
             prompt = _as_lines(messages) if raw else model.render_chat(messages)
-            pieces = model.generate(prompt, **how.options)
+            pieces = talk.generate(prompt, **how.options)
             written = await _write(pieces, console)
             text = "".join(piece.text for piece in written)
             messages.append({"role": "assistant", "content": text})
