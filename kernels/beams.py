@@ -91,7 +91,7 @@ class BeamSearch:
         if self._early_stopping is True:
             return False
         longest = self._early_stopping == NEVER and self._length_penalty > 0
-        worth = (self._max_new_tokens if longest else length) ** self._length_penalty
+        worth: float = (self._max_new_tokens if longest else length) ** self._length_penalty
         return self.running[0].score / worth > self._ended[-1].score
 
     def best(self, count: int) -> list[Beam]:

@@ -54,6 +54,8 @@ class GenerationStats:
     """How a generation went."""
 
     prompt_tokens: int = 0
+    cached_tokens: int = 0
+    """Of the prompt, those that a conversation had computed before."""
     new_tokens: int = 0
     first_token_s: float = 0.0
     """From the call to the first token."""

@@ -5,21 +5,25 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Sequence
-from typing import TYPE_CHECKING, TypedDict, Unpack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Unpack
 
 from ...kernels.models.config import ModelConfig
 from ...protocol.errors import ConfigError, UnsupportedModel
 from ...protocol.messages import MAX_LANES, Output
 from ...protocol.sampling import SamplingParams
+from ...protocol.tensors import Codec
 from ...routing.planner import Plan
 from ...routing.swarm import SwarmView
 from ..models import Model
+from .chain import ChainSession
+from .conversation import Conversation
 from .draft import DraftModel
 from .ends import Ends
 from .generate import Generation, GenerationStats, Piece
 from .opening import AUTO_WIRE, Opener
 from .opening import Context as Context
-from .request import DEFAULT_NEW_TOKENS, Request
+from .request import DEFAULT_NEW_TOKENS, Options, Prompt, Request
 from .session import HiddenSession
 
 if TYPE_CHECKING:
@@ -28,22 +32,14 @@ if TYPE_CHECKING:
     from ...kernels.tokenizer import Tokenizer
     from .local import LocalEnds
 
-Prompt = str | Sequence[int]
-"""Text, or token ids."""
 
+@dataclass(frozen=True, slots=True)
+class Run:
+    """An open chain and its ends."""
 
-class Options(TypedDict, total=False):
-    """Arguments of `RemoteModel.generate` by name, for what passes them on."""
-
-    n: int
-    max_new_tokens: int
-    sampling: SamplingParams | None
-    stop: Sequence[str]
-    stop_token_ids: Sequence[int]
-    top_logprobs: int
-    wire: str
-    speculate: str
-    draft: str | None
+    chain: ChainSession
+    ends: Ends
+    codec: Codec
 
 
 class RemoteModel:
@@ -137,40 +133,59 @@ class RemoteModel:
 
     async def _generate(self, prompts: Sequence[Prompt], **options: Unpack[Options]) -> AsyncGenerator[Piece, None]:
         began = self._context.clock.now()
-        request = await self._request(prompts, options)
-        self.last_stats = request.stats
-        local, output = await self._for_ends(request)
+        request = await self.request(prompts, options)
+        run = await self.open_run(request, request.max_length)
+        try:
+            async with contextlib.aclosing(self.pieces(run, request, began)) as pieces:
+                async for piece in pieces:
+                    yield piece
+        finally:
+            await run.chain.close()
+
+    async def pieces(self, run: Run, request: Request, began: float) -> AsyncGenerator[Piece, None]:
+        """Write what is asked for over an open chain."""
         draft = await self._draft_model(request.draft) if request.draft is not None else None
-        chain, codec = await self._opener.open(
-            output,
-            request.max_length,
-            request.wire,
-            lanes=len(request.writings),
-            remote_ends=local is None,
-            params=request.params,
-        )
-        ends = Ends(codec, output, self.config.vocab_size, local)
+        stats = request.stats
         generation = Generation(
-            chain, ends, self._context.clock, wishes=request.wishes, stats=request.stats, draft=draft
+            run.chain, run.ends, self._context.clock, wishes=request.wishes, stats=stats, draft=draft
         )
         try:
             async with contextlib.aclosing(generation.pieces(request.writings, began)) as pieces:
                 async for piece in pieces:
                     yield piece
         finally:
-            request.stats.note_chain(chain.repairs, codec.label, chain.route)
-            await chain.close()
+            stats.note_chain(run.chain.repairs, run.codec.label, run.chain.route)
 
-    async def _request(self, prompts: Sequence[Prompt], options: Options) -> Request:
-        """What is asked for, checked, with its prompts as token ids."""
+    async def request(self, prompts: Sequence[Prompt], options: Options) -> Request:
+        """What is asked for, checked, with its prompts as token ids. Raises ConfigError."""
         tokenizer = await asyncio.to_thread(lambda: self.tokenizer)
-        return Request(self.name, self.config, tokenizer, prompts, **options)
+        request = Request(self.name, self.config, tokenizer, prompts, **options)
+        self.last_stats = request.stats
+        return request
 
-    async def _for_ends(self, request: Request) -> tuple[LocalEnds | None, Output]:
-        """Who embeds and chooses, and so what the tail is to return."""
+    async def open_run(self, request: Request, max_length: int) -> Run:
+        """A chain that can do what is asked for, and what stands at its ends. Raises NoRoute, Refused."""
         if self._use_local:
-            return await self._local_ends(), Output.HIDDEN
-        return None, Output.TOKEN if request.tail_can_choose else Output.LOGITS
+            local, output = await self._local_ends(), Output.HIDDEN
+        else:
+            local, output = None, Output.TOKEN if request.tail_can_choose else Output.LOGITS
+        chain, codec = await self._opener.open(
+            output,
+            max_length,
+            request.wire,
+            lanes=len(request.writings),
+            remote_ends=local is None,
+            params=request.params,
+        )
+        return Run(chain, Ends(codec, output, self.config.vocab_size, local), codec)
+
+    def conversation(self, *, max_length: int | None = None) -> Conversation:
+        """Generations that follow each other, such as a chat's turns: each computes only what is new of its prompt.
+
+        `async with model.conversation() as talk: async for piece in talk.generate(prompt)`. `max_length`: positions to
+        ask the servers for at once; by default twice what is needed so far.
+        """
+        return Conversation(self, self._context, max_length)
 
     async def session(
         self, *, max_length: int = 2048, batch: int = 1, span: tuple[int, int] | None = None, wire: str = AUTO_WIRE

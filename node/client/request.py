@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypedDict
 
 from ...kernels.models.config import ModelConfig
 from ...protocol.errors import ConfigError
@@ -16,7 +16,24 @@ from .generate import GenerationStats, Wishes, Writing
 if TYPE_CHECKING:
     from ...kernels.tokenizer import Tokenizer
 
+Prompt = str | Sequence[int]
+"""Text, or token ids."""
+
 DEFAULT_NEW_TOKENS: Final = 256
+
+
+class Options(TypedDict, total=False):
+    """Arguments of `RemoteModel.generate` by name, for what passes them on."""
+
+    n: int
+    max_new_tokens: int
+    sampling: SamplingParams | None
+    stop: Sequence[str]
+    stop_token_ids: Sequence[int]
+    top_logprobs: int
+    wire: str
+    speculate: str
+    draft: str | None
 
 
 class Request:
