@@ -322,6 +322,10 @@ class CardboardModel:
     def render_chat(self, messages):
         return [len(messages)]
 
+    @contextlib.asynccontextmanager
+    async def conversation(self):
+        yield self
+
 
 class CardboardNode:
     """Obeys what commands.py uses of Node."""
