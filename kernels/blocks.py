@@ -35,7 +35,7 @@ class Block:
         self._heads = config.num_heads
         self._kv_heads = config.num_kv_heads
         self._head_dim = config.head_dim
-        self._rotated = config.rotated > 0
+        self._rotated = config.rotated > 0 and index not in config.unrotated_blocks
         self._norm = parts.norm("input_layernorm")
         self._qkv = parts.qkv()
         self._qk_norm = parts.qk_norm()
@@ -47,6 +47,7 @@ class Block:
         self._mlp_norm = _mlp_norm(config, parts)
         self._mlp = _mlp(config, index, parts)
         self._after_mlp = parts.norm("post_feedforward_layernorm") if config.post_norms else None
+        self._added = None if config.residual_scale == 1.0 else torch.tensor(config.residual_scale, device=device)
         self._scale = None if config.qk_norm else torch.tensor(config.query_scale, device=device)
         self._form = make_form(config, parts.sinks(), device)
         self._fused = device.type != "cpu" and self._form is None
@@ -74,10 +75,14 @@ class Block:
             return self._mlp(rows, count).add_(mixed).add_(residual).to(hidden.dtype)
         if self._after_attention is not None:
             mixed = self._after_attention(mixed)
+        if self._added is not None:
+            mixed.mul_(self._added)
         residual = mixed.add_(residual)
         inner = self._mlp(residual if self._mlp_norm is None else self._mlp_norm(residual), count)
         if self._after_mlp is not None:
             inner = self._after_mlp(inner)
+        if self._added is not None:
+            inner.mul_(self._added)
         return inner.add_(residual).to(hidden.dtype)
 
     def _attention(

@@ -124,7 +124,8 @@ def load_head(checkpoint: Source, *, dtype: torch.dtype, device: torch.device | 
         return load_fallback_head(checkpoint, dtype=dtype, device=device)
     with torch.inference_mode(), loading_memory():
         norm = make_norm(config, checkpoint.final_norm(torch.float32), "norm", device)
-        return Head(norm, _head_linear(checkpoint, dtype, device), config.hidden_size, config.final_softcap)
+        linear = _head_linear(checkpoint, dtype, device)
+        return Head(norm, linear, config.hidden_size, config.final_softcap, config.logit_scale)
 
 
 def _head_linear(checkpoint: Source, dtype: torch.dtype, device: torch.device) -> Linear:

@@ -94,13 +94,14 @@ class Embedding:
 
 
 class Head:
-    """Final norm, LM head and soft cap."""
+    """Final norm, LM head, scale and soft cap."""
 
-    def __init__(self, norm: Norm, linear: Linear, hidden_size: int, softcap: float | None) -> None:
+    def __init__(self, norm: Norm, linear: Linear, hidden_size: int, softcap: float | None, scale: float = 1.0) -> None:
         self._norm = norm
         self._linear = linear
         self._hidden_size = hidden_size
         self._softcap = softcap
+        self._scale = scale
 
     @property
     def size_bytes(self) -> int:
@@ -116,6 +117,8 @@ class Head:
             if not self._linear.needs_padding:
                 rows = rows[: hidden.shape[0]]
             logits = self._linear(rows)[: hidden.shape[0]]
+            if self._scale != 1.0:
+                logits.mul_(self._scale)
             if self._softcap is not None:
                 logits.div_(self._softcap).tanh_().mul_(self._softcap)
             return logits

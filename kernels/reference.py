@@ -20,9 +20,21 @@ Tensors = Mapping[str, torch.Tensor]
 
 def run_block(config: ModelConfig, index: int, tensors: Tensors, hidden: torch.Tensor) -> torch.Tensor:
     """fp32 [tokens, hidden] of one whole sequence -> the same after block `index`. Raises UnsupportedModel."""
-    if config.norm != "rms" or config.residual != "sequential" or not config.gated or config.experts is not None:
+    if (
+        config.norm != "rms"
+        or config.residual != "sequential"
+        or not config.gated
+        or config.experts is not None
+        or config.residual_scale != 1.0
+    ):
         raise UnsupportedModel(f"the reference knows no blocks of {config.family}")
-    if config.score_softcap is not None or config.alibi != "none" or config.sinks or config.rotated != config.head_dim:
+    if (
+        config.score_softcap is not None
+        or config.alibi != "none"
+        or config.sinks
+        or config.rotated != config.head_dim
+        or config.unrotated_blocks
+    ):
         raise UnsupportedModel(f"the reference knows no attention of {config.family}")
     attended = _attention(config, index, tensors, _norm(config, tensors, "input_layernorm", hidden))
     if config.post_norms:

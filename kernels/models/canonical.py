@@ -20,13 +20,16 @@ LATER: Final = frozenset(
         "factors",
         "foreign",
         "gated",
+        "logit_scale",
         "norm",
         "residual",
+        "residual_scale",
         "rotary_dim",
         "score_softcap",
         "sinks",
         "swiglu_alpha",
         "swiglu_limit",
+        "unrotated_blocks",
     ]
 )
 """Fields that the first models' configs did not have; every field added from now on belongs here, with a default."""

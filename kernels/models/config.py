@@ -103,6 +103,8 @@ class ModelConfig:
     """Which blocks are sliding; empty when sliding_window is None."""
     rotary_dim: int | None = None
     """How many of a head's leading values are rotated; None: all, 0: none."""
+    unrotated_blocks: tuple[int, ...] = ()
+    """Blocks that know no positions (SmolLM 3)."""
     alibi: str = "none"
     """Scores fall with distance: not at all, as in BLOOM, or as in Falcon (scaled with them, slopes in bf16)."""
     score_softcap: float | None = None
@@ -112,6 +114,8 @@ class ModelConfig:
     residual: str = "sequential"
     """sequential: the MLP follows attention; parallel: both read the block's input, each through a norm of its own;
     shared: both through the same norm."""
+    residual_scale: float = 1.0
+    """What attention and MLP give is multiplied by this before it is added (Granite)."""
     gated: bool = True
     """MLP: down(activation(gate) * up); otherwise down(activation(up))."""
     experts: ExpertsConfig | None = None
@@ -142,6 +146,8 @@ class ModelConfig:
     """A norm follows the embedding (BLOOM)."""
     final_softcap: float | None = None
     """Logits become cap * tanh(logits / cap)."""
+    logit_scale: float = 1.0
+    """Logits are multiplied by this (Granite)."""
     tied_head: bool = False
     """The LM head is the embedding matrix."""
     foreign: ForeignConfig | None = None
@@ -167,7 +173,8 @@ class ModelConfig:
         check_int("max_positions", self.max_positions, 1, MAX_POSITIONS)
         check_range("norm_eps", self.norm_eps, 0.0, 1.0)
         check_range("query_scale", self.query_scale, 1e-6, 1e6)
-        check_range("embed_scale", self.embed_scale, 1e-6, 1e6)
+        for name in ("embed_scale", "residual_scale", "logit_scale"):
+            check_range(name, getattr(self, name), 1e-6, 1e6)
         for name in ("score_softcap", "final_softcap", "swiglu_limit", "swiglu_alpha"):
             if getattr(self, name) is not None:
                 check_range(name, getattr(self, name), 1e-3, 1e6)
@@ -185,8 +192,10 @@ class ModelConfig:
             raise CorruptCheckpoint(f"rotary embedding of {self.rotated} values: it needs pairs")
         if self.rope.factors and len(self.rope.factors) * 2 != self.rotated:
             raise CorruptCheckpoint(f"{len(self.rope.factors)} rope factors for {self.rotated} rotated values")
-        if self.residual != "sequential" and self.post_norms:
-            raise UnsupportedModel("norms after attention in a parallel block are not supported")
+        if len(self.unrotated_blocks) > self.num_blocks:
+            raise CorruptCheckpoint(f"{len(self.unrotated_blocks)} unrotated blocks of {self.num_blocks}")
+        if self.residual != "sequential" and (self.post_norms or self.residual_scale != 1.0):
+            raise UnsupportedModel("norms or scales after attention in a parallel block are not supported")
         if self.norm == "layer" and (self.norm_offset or self.qk_norm):
             raise UnsupportedModel("layer norms with an offset or on heads are not supported")
         if (self.foreign is not None) != (self.family == "hf"):

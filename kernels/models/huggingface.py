@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from ...protocol.errors import UnsupportedModel
+from ...protocol.errors import CorruptCheckpoint, UnsupportedModel
 from .bounds import MAX_BLOCKS, MAX_HEADS, check_int
 from .config import ExpertsConfig, ModelConfig, RopeConfig
 from .layernormed import read_bloom, read_falcon, read_neox, read_stablelm, read_starcoder2
@@ -84,6 +84,58 @@ def _alternating(reader: Reader) -> tuple[bool, ...]:
 def _from_llama(reader: Reader) -> ModelConfig:
     bias = reader.flag("attention_bias", False)
     return _llama_like(reader, "llama", qkv_bias=bias, output_bias=bias, mlp_bias=reader.flag("mlp_bias", False))
+
+
+def _from_granite(reader: Reader) -> ModelConfig:
+    """Llama with four scales."""
+    bias = reader.flag("attention_bias", False)
+    return _llama_like(
+        reader,
+        "llama",
+        qkv_bias=bias,
+        output_bias=bias,
+        mlp_bias=reader.flag("mlp_bias", False),
+        query_scale=reader.number("attention_multiplier", 1.0),
+        embed_scale=reader.number("embedding_multiplier", 1.0),
+        residual_scale=reader.number("residual_multiplier", 1.0),
+        logit_scale=1 / positive("logits_scaling", reader.number("logits_scaling", 1.0)),
+    )
+
+
+def _from_smollm3(reader: Reader) -> ModelConfig:
+    """Llama without positions in every fourth block, which may slide instead."""
+    bias, count = reader.flag("attention_bias", False), len(_everywhere(reader))
+    step = reader.integer("no_rope_layer_interval", 4)
+    check_int("no_rope_layer_interval", step, 1, MAX_BLOCKS)
+    listed = reader.tokens("no_rope_layers") or tuple(int((index + 1) % step > 0) for index in range(count))
+    if len(listed) != count:
+        raise CorruptCheckpoint(f"config.json: no_rope_layers lists {len(listed)} of {count} blocks")
+    unrotated = tuple(index for index, rotated in enumerate(listed) if not rotated)
+    slides = reader.flag("use_sliding_window", False)
+    sliding = reader.layer_types(count) or tuple(slides and index in unrotated for index in range(count))
+    return _llama_like(
+        _with_defaults(reader, tie_word_embeddings=True),
+        "llama",
+        theta=2_000_000.0,
+        max_positions=32_768,
+        qkv_bias=bias,
+        output_bias=bias,
+        mlp_bias=reader.flag("mlp_bias", False),
+        unrotated_blocks=unrotated,
+        **_sliding(reader.optional("sliding_window"), sliding),
+    )
+
+
+def _from_seed_oss(reader: Reader) -> ModelConfig:
+    return _llama_like(
+        reader,
+        "llama",
+        head_dim=128,
+        max_positions=524_288,
+        qkv_bias=reader.flag("attention_bias", True),
+        output_bias=reader.flag("attention_out_bias", False),
+        mlp_bias=reader.flag("mlp_bias", False),
+    )
 
 
 def _from_mistral(reader: Reader) -> ModelConfig:
@@ -341,6 +393,9 @@ def _gemma3_ropes(reader: Reader, max_positions: int) -> tuple[RopeConfig, RopeC
 
 _READERS: Final[dict[str, Callable[[Reader], ModelConfig]]] = {
     "llama": _from_llama,
+    "granite": _from_granite,
+    "smollm3": _from_smollm3,
+    "seed_oss": _from_seed_oss,
     "mistral": _from_mistral,
     "qwen2": _from_qwen2,
     "qwen3": _from_qwen3,
@@ -367,6 +422,9 @@ _READERS: Final[dict[str, Callable[[Reader], ModelConfig]]] = {
 _LLAMA_TOKENS: Final = {"bos_token_id": 1, "eos_token_id": 2}
 _DEFAULTS: Final[dict[str, dict[str, Any]]] = {
     "llama": _LLAMA_TOKENS,
+    "granite": _LLAMA_TOKENS,
+    "smollm3": {"bos_token_id": 128_000, "eos_token_id": 128_001, "num_key_value_heads": 4},
+    "seed_oss": {"bos_token_id": 0, "eos_token_id": 2, "num_key_value_heads": 8},
     "mistral": {
         **_LLAMA_TOKENS,
         "num_key_value_heads": 8,

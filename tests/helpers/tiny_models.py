@@ -80,6 +80,22 @@ VARIATIONS: dict[str, tuple[str, dict]] = {
     "llama-llama3": ("llama", {"rope_parameters": LLAMA3}),
     "llama-yarn": ("llama", {"rope_parameters": YARN}),
     "llama-dynamic": ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}}),
+    "granite": (
+        "granite",
+        {
+            "attention_multiplier": 0.1,
+            "embedding_multiplier": 12.0,
+            "residual_multiplier": 0.22,
+            "logits_scaling": 3.0,
+        },
+    ),
+    "granite-plain": ("granite", {"attention_bias": True, "tie_word_embeddings": True}),
+    "smollm3": ("smollm3", {"no_rope_layer_interval": 2}),
+    "smollm3-sliding": (
+        "smollm3",
+        {"no_rope_layers": [0, 1, 0], "use_sliding_window": True, "sliding_window": 20, "tie_word_embeddings": False},
+    ),
+    "seed_oss": ("seed_oss", {"head_dim": 32}),
     "mistral": ("mistral", {"sliding_window": 24, "head_dim": 32}),
     "mistral-full": ("mistral", {"sliding_window": None}),
     "qwen2": ("qwen2", {}),

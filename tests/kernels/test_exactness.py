@@ -38,6 +38,7 @@ SHAPES = {
     "alibi": {**LAYER, "alibi": "bloom", "rotary_dim": 0, "num_heads": 6, "num_kv_heads": 6, "embed_norm": True},
     "falcon": {**LAYER, "alibi": "falcon", "rotary_dim": 0, "num_heads": 5, "num_kv_heads": 1, "residual": "shared"},
     "neox": {**LAYER, "rotary_dim": 8, "num_heads": 8, "num_kv_heads": 8, "residual": "parallel"},
+    "scaled": {"num_heads": 8, "residual_scale": 0.22, "logit_scale": 0.3, "unrotated_blocks": (1,)},
     "experts": {"num_heads": 8, "experts": ExpertsConfig(count=5, active=2, intermediate_size=320, shared_size=320)},
     "sinks-and-experts": {
         "num_heads": 6,
