@@ -202,6 +202,11 @@ class Mapping:
         self._send_at = now
         self._epoch: tuple[int, float] | None = None
 
+    @property
+    def patient(self) -> bool:
+        """It has waited for an answer so long that asking otherwise, too, is in order."""
+        return self.mapped is None and self._tries > BOTH_FROM
+
     def next_timer(self) -> float:
         """When to call packets() next."""
         return min(self._send_at, self._ends_at) if self.mapped is not None else self._send_at

@@ -31,11 +31,11 @@ VOTE_S: Final = 3600.0
 """How long a vote counts."""
 MAX_CANDIDATES: Final = 16
 """Addresses looked into at a time."""
-FIRST_RETRY_S: Final = 5.0
+FIRST_RETRY_S: Final = 3.0
 """Until an address is asked about again, at first; doubled each time."""
 RECHECK_S: Final = 600.0
 """The longest pause between two questions about an address."""
-SPACING_S: Final = 15.0
+SPACING_S: Final = 6.0
 """Between two questions to one peer; servers allow about 12 a minute."""
 UNWILLING_S: Final = 600.0
 """A peer that did not keep to the protocol is left alone so long; one that refused an address, with that one."""
@@ -122,6 +122,11 @@ class Judge:
             del self._votes[next(iter(self._votes))]
         self._decide(now)
 
+    def doubt(self) -> None:
+        """The votes so far are no longer confirmed."""
+        for vote in self._votes.values():
+            vote.weight = 1
+
     def weight_of(self, network: Hashable) -> int:
         """What a network's vote is worth now; 0 for one not heard."""
         vote = self._votes.get(network)
@@ -173,6 +178,8 @@ class Question:
 
     server: Server
     address: Multiaddr
+    era: int = 0
+    """How often the network had changed when it was asked."""
 
 
 @dataclass(slots=True)
@@ -192,6 +199,8 @@ class Assessor:
         self._rng = rng
         self._candidates: dict[Multiaddr, _Candidate] = {}
         self._not_before: dict[PeerId, float] = {}
+        self._was_private = False
+        self._era = 0
 
     @property
     def candidates(self) -> Mapping[Multiaddr, Source]:
@@ -207,10 +216,12 @@ class Assessor:
             candidate.source = found[address]
 
     def recheck(self, now: float) -> None:
-        """Something has changed: ask about everything again soon."""
+        """The network has changed: ask about everything again soon. Old votes count less, answers under way nothing."""
+        self._era += 1
         for candidate in self._candidates.values():
             candidate.due_at, candidate.tries = now, 0
             candidate.refused.clear()
+            candidate.judge.doubt()
         self._not_before.clear()
 
     def next_question(self, servers: Iterable[Server], now: float) -> Question | None:
@@ -222,7 +233,7 @@ class Assessor:
             if free:
                 server = self._best(free, candidate.judge)
                 self._note_asked(server, candidate, now)
-                return Question(server, address)
+                return Question(server, address, self._era)
         return None
 
     def _when(self, server: Server, candidate: _Candidate) -> float:
@@ -259,7 +270,7 @@ class Assessor:
         if outcome in (Outcome.BUSY, Outcome.NOTHING):
             self._leave_alone(peer, now + (BUSY_S if outcome is Outcome.BUSY else UNWILLING_S))
         candidate = self._candidates.get(question.address)
-        if candidate is None:  # no longer ours
+        if candidate is None or question.era != self._era:  # no longer ours, or it was another network
             return
         if outcome is Outcome.REFUSED:
             candidate.refused = {one: until for one, until in candidate.refused.items() if until > now}
@@ -282,17 +293,19 @@ class Assessor:
     def node(self, now: float) -> Verdict:
         """The node's own verdict: that of its best address.
 
-        Private only when every candidate is, or has been asked about in vain.
+        Private only when every candidate is, or has been asked about in vain; it stays so when a new one turns up.
         """
         verdicts = self.verdicts(now)
         public = [v for v in verdicts.values() if v.reach is Reach.PUBLIC]
         if public:
+            self._was_private = False
             return max(public, key=lambda verdict: verdict.confidence)
         private = [v for v in verdicts.values() if v.reach is Reach.PRIVATE]
         open_yet = any(
             verdicts[address].reach is Reach.UNKNOWN and candidate.tries < ENOUGH_TRIES
             for address, candidate in self._candidates.items()
         )
-        if private and not open_yet:
+        self._was_private = bool(private) and (self._was_private or not open_yet)
+        if self._was_private:
             return min(private, key=lambda verdict: verdict.confidence)
         return Verdict(Reach.UNKNOWN, 0.0, 0, 0)

@@ -43,8 +43,8 @@ from ..transport.wire import Wire
 
 logger = logging.getLogger(__name__)
 
-DIAL_S: Final = 10.0
-"""Deadline of a dial back, and of handing over the nonce."""
+DIAL_S: Final = 6.0
+"""Deadline of a dial back, and of handing over the nonce: three packets of a TCP handshake may get lost."""
 REQUEST_S: Final = 15.0
 """Deadline of a request with its dial data."""
 ASK_S: Final = 30.0

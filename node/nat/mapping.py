@@ -79,6 +79,11 @@ class PortMapper:
         self._upnp_failure = ""
         self.state = PortState()
 
+    @property
+    def pending(self) -> bool:
+        """A router was found, and has not answered yet."""
+        return bool(self.state.gateway) and self.state.outside is None and not self.state.failure
+
     def renew(self) -> None:
         """The network may be another one: look again, and ask again."""
         self._gateway = None
@@ -106,7 +111,7 @@ class PortMapper:
             return LOOK_S
         for packet in mapping.packets(now):
             transport.sendto(packet)
-        if mapping.mapped is None and mapping.failure is not None:
+        if mapping.mapped is None and (mapping.failure is not None or mapping.patient):
             await self._try_upnp(mapping.inner)
         return max(0.0, mapping.next_timer() - self._clock.now())
 

@@ -14,8 +14,8 @@ from random import Random
 from typing import Final
 
 from ...protocol.multiaddr import Multiaddr
-from ...protocol.reachability import DIAL_REQUEST, is_public, vicinity
-from ...protocol.verdict import Assessor, Server, Source, Verdict
+from ...protocol.reachability import DIAL_REQUEST, is_public, place, vicinity
+from ...protocol.verdict import Assessor, Question, Server, Source, Verdict
 from ..clock import Clock
 from ..host import Host
 from .autonat import Answering, Asking
@@ -26,6 +26,8 @@ GATHER_S: Final = 1.0
 """How long the first question waits for more peers to say where they see us."""
 LOOK_S: Final = 30.0
 """Candidates and servers are looked at again at least so often."""
+MAX_ASKED: Final = 4
+"""Questions under way at once."""
 THROUGH: Final = 3
 """Connections dialed from the listening port: enough to learn how a router shows it."""
 WITNESSES: Final = 2
@@ -46,6 +48,7 @@ class Reachability:
         self._answering = Answering(host, rng)
         self._mapped: tuple[Multiaddr, ...] = ()
         self._wake = asyncio.Event()
+        self._asked = 0
         self._last = self._assessor.node(0.0)
         self.on_change: list[Listener] = []
         """Told the node's verdict when it turns: unknown, public, private."""
@@ -62,6 +65,11 @@ class Reachability:
         """What is known of each candidate address."""
         sources = self._assessor.candidates
         return {address: (sources[address], v) for address, v in self._assessor.verdicts(self._clock.now()).items()}
+
+    @property
+    def testers(self) -> int:
+        """Connected peers that dial on request."""
+        return len(self._servers())
 
     def mapped(self, addrs: Sequence[Multiaddr]) -> None:
         """A router lets these through to us; they replace those of the last call."""
@@ -82,12 +90,14 @@ class Reachability:
         unlisten = self._host.on_identify(lambda _: self._wake.set())
         try:
             await asyncio.sleep(GATHER_S)
-            while True:
-                self._wake.clear()
-                await self._ask_what_is_due()
-                now = self._clock.now()
-                due = self._assessor.next_timer(self._servers(), now)
-                await self._sleep(min(LOOK_S, due - now))
+            async with asyncio.TaskGroup() as group:
+                while True:
+                    self._wake.clear()
+                    self._ask_what_is_due(group)
+                    now = self._clock.now()
+                    due = self._assessor.next_timer(self._servers(), now)
+                    # with all questions under way there is nothing to do before one is answered
+                    await self._sleep(LOOK_S if self._asked >= MAX_ASKED else min(LOOK_S, due - now))
         finally:
             unlisten()
             self._asking.unregister()
@@ -101,19 +111,27 @@ class Reachability:
         except TimeoutError:
             pass
 
-    async def _ask_what_is_due(self) -> None:
-        while True:
-            self._assessor.offer(self._candidates())
-            self._tell()
+    def _ask_what_is_due(self, group: asyncio.TaskGroup) -> None:
+        self._assessor.offer(self._candidates())
+        self._tell()
+        while self._asked < MAX_ASKED:
             question = self._assessor.next_question(self._servers(), self._clock.now())
             if question is None:
                 return
+            self._asked += 1
+            group.create_task(self._ask(question))
+
+    async def _ask(self, question: Question) -> None:
+        try:
             outcome = await self._asking.ask(question.server.peer, question.address)
-            logger.debug("%s about %s: %s", question.server.peer.short, question.address, outcome)
-            self._assessor.heard(question, outcome, self._clock.now())
-            self._tell()
-            for listener in tuple(self.on_news):
-                listener()
+        finally:
+            self._asked -= 1
+        logger.debug("%s about %s: %s", question.server.peer.short, question.address, outcome)
+        self._assessor.heard(question, outcome, self._clock.now())
+        self._tell()
+        self._wake.set()
+        for listener in tuple(self.on_news):
+            listener()
 
     def _tell(self) -> None:
         now = self._clock.now()
@@ -154,7 +172,11 @@ class Reachability:
                 if wire.from_listener or not wire.outbound:
                     witnesses[seen].add(vicinity(wire.address))
         for address, networks in witnesses.items():
-            found.setdefault(address, Source.OBSERVED if len(networks) >= WITNESSES else Source.GUESSED)
+            ports = sum(place(other) == place(address) for other in witnesses)
+            if len(networks) >= WITNESSES:
+                found.setdefault(address, Source.OBSERVED)
+            elif ports == 1:  # with more, the router shows another one to each: nobody could foresee the next
+                found.setdefault(address, Source.GUESSED)
         for address in _guesses(seen_ips, self._host.bound_addrs):
             found.setdefault(address, Source.GUESSED)
 

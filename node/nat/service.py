@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable
 from random import Random
 from typing import Self
 
-from ...protocol.verdict import Verdict
+from ...protocol.verdict import Reach, Verdict
 from ..clock import Clock
 from ..config import NodeConfig
 from ..host import Host
@@ -33,7 +34,9 @@ class Nat:
         gateway: Callable[[], Gateway | None] = find_gateway,
     ) -> None:
         self._tasks = Supervisor("nat")
+        self._news = asyncio.Event()
         self.reach = Reachability(host, clock=clock, rng=rng)
+        self.reach.on_news.append(self._news.set)
         self.watch = Watch(host, clock, self._changed)
         self.mapper: PortMapper | None = None
         if config.port_mapping == "auto" and any(a.ip is not None and not a.is_loopback for a in host.bound_addrs):
@@ -56,7 +59,14 @@ class Nat:
         """Hear the node's verdict each time it turns."""
         self.reach.on_change.append(listener)
 
+    async def settled(self) -> None:
+        """Wait until it is known whether others can dial us, and what the router says."""
+        while self.reach.verdict.reach is Reach.UNKNOWN or (self.mapper is not None and self.mapper.pending):
+            self._news.clear()
+            await self._news.wait()
+
     def _mapped(self, state: PortState) -> None:
+        self._news.set()
         self.reach.mapped([state.outside] if state.outside is not None else [])
 
     def _changed(self, why: str) -> None:

@@ -19,7 +19,8 @@ from ...protocol.errors import Refused
 
 logger = logging.getLogger(__name__)
 
-DISCOVER_MS: Final = 2000
+DISCOVER_MS: Final = 1000
+"""For each of five kinds of device, until one answers."""
 LEASE_S: Final = 3600
 """Asked for; routers that know only permanent leases are asked for one of those, which we delete on leaving."""
 DESCRIPTION: Final = "swarmnode"
@@ -93,8 +94,7 @@ class Upnp:
 
 
 def _discover(own: str) -> Any:
-    device = importlib.import_module("miniupnpc").UPnP()
-    device.multicastif, device.discoverdelay = own, DISCOVER_MS
+    device = importlib.import_module("miniupnpc").UPnP(multicastif=own, discoverdelay=DISCOVER_MS)
     _call(device.discover)
     _call(device.selectigd)
     return device

@@ -141,7 +141,7 @@ class Device:
 @contextlib.contextmanager
 def installed(monkeypatch, device):
     class Module:
-        UPnP = staticmethod(lambda: device)
+        UPnP = staticmethod(lambda *, multicastif, discoverdelay: device)
 
     monkeypatch.setattr(upnp.importlib, "import_module", lambda _: Module)
     monkeypatch.setattr(mapping, "available", lambda: True)

@@ -213,3 +213,28 @@ def test_candidates_refusals_and_peers_are_bounded():
     for number in range(verdict.MAX_ASKED + 3):
         made.heard(Question(server(number), first), Outcome.NOTHING, 0.0)
     assert len(made._not_before) == verdict.MAX_ASKED
+
+
+def test_a_new_candidate_does_not_unsettle_a_private_node():
+    made = assessor()
+    for number in (1, 2):
+        made.heard(Question(server(number), A), Outcome.FAILED, 0.0)
+    assert made.node(0.0).reach is Reach.PRIVATE
+    made.offer({A: Source.LISTEN, B: Source.GUESSED})
+    assert made.node(0.0).reach is Reach.PRIVATE
+    made.heard(Question(server(1), B), Outcome.REACHED, 0.0)
+    assert made.node(0.0).reach is Reach.PUBLIC
+    made.offer({C: Source.LISTEN})
+    assert made.node(0.0).reach is Reach.UNKNOWN
+
+
+def test_after_a_change_of_network_answers_under_way_count_nothing_and_old_votes_less():
+    made = assessor()
+    servers = [server(number) for number in range(3)]
+    run(made, servers, lambda _: Outcome.REACHED, 100)
+    late = made.next_question(servers, 1000.0)
+    assert made.verdicts(1000.0)[A].yes == 6
+    made.recheck(1000.0)
+    assert made.verdicts(1000.0)[A].yes == 3
+    made.heard(late, Outcome.FAILED, 1001.0)
+    assert made.verdicts(1001.0)[A].no == 0
