@@ -7,7 +7,7 @@ accepts a TCP connection, for another node may sit behind an old address.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from itertools import zip_longest
 from typing import Final, Generic, TypeVar
 
@@ -20,6 +20,8 @@ MAX_ADDRESSES: Final = 16
 """Addresses tried in one dial."""
 
 T = TypeVar("T")
+Lookup = Callable[[], Awaitable[Sequence[Multiaddr]]]
+"""Finds out what a name stands for; raises OSError."""
 
 
 class DialFailed(Exception):
@@ -30,18 +32,27 @@ class DialFailed(Exception):
         self.causes = tuple(causes)
 
 
-def order(addresses: Iterable[Multiaddr]) -> list[Multiaddr]:
-    """Without doubles, IPv6 and IPv4 in turn, relayed ones last, otherwise as given; cut to MAX_ADDRESSES.
+def order(
+    addresses: Iterable[Multiaddr], *, first: Collection[Multiaddr] = (), after: Multiaddr | None = None
+) -> list[Multiaddr]:
+    """Without doubles: those in `first`, then IPv6 and IPv4 in turn, relayed ones last; cut to MAX_ADDRESSES.
 
-    Where direct addresses alone are too many, half the room is for relayed ones.
+    The turns begin with IPv6, which needs no open port at a router; or with the other family than `after`. Where direct
+    addresses alone are too many, half the room is for relayed ones.
     """
     unique = list(dict.fromkeys(addresses))
     relayed = [address for address in unique if address.is_relayed][: MAX_ADDRESSES // 2]
     direct = [address for address in unique if not address.is_relayed]
-    six = [address for address in direct if address.ip is not None and address.ip.version == 6]
-    rest = [address for address in direct if address not in six]
-    pairs = [address for pair in zip_longest(rest, six) for address in pair if address is not None]
-    return [*pairs[: MAX_ADDRESSES - len(relayed)], *relayed]
+    begun = [address for address in direct if address in first]
+    six = [address for address in direct if address not in first and _is_six(address)]
+    rest = [address for address in direct if address not in first and not _is_six(address)]
+    turns = (rest, six) if after is not None and _is_six(after) else (six, rest)
+    pairs = [address for pair in zip_longest(*turns) for address in pair if address is not None]
+    return [*[*begun, *pairs][: MAX_ADDRESSES - len(relayed)], *relayed]
+
+
+def _is_six(address: Multiaddr) -> bool:
+    return address.ip is not None and address.ip.version == 6
 
 
 class Race(Generic[T]):
@@ -64,24 +75,58 @@ class Race(Generic[T]):
         self._winner: T | None = None
         self._causes: dict[Multiaddr, str] = {}
         self._tasks: list[asyncio.Task[None]] = []
+        self._untried: list[Multiaddr] = []
+        self._last: Multiaddr | None = None
 
-    async def run(self, addresses: Sequence[Multiaddr]) -> T:
-        """Dial until one works. Raises DialFailed."""
+    async def run(self, addresses: Sequence[Multiaddr], names: Mapping[Multiaddr, Lookup] | None = None) -> T:
+        """Dial until one works, in the order given; names are looked up meanwhile, and what they stand for joins in.
+
+        Raises DialFailed.
+        """
+        lookups = names or {}
+        self._untried = list(addresses)
+        self._causes = dict.fromkeys((*addresses, *lookups), "not tried")
         try:
             async with asyncio.TaskGroup() as group:
-                for address in addresses:
-                    task = group.create_task(self._one(address))
-                    self._tasks.append(task)
-                    await asyncio.wait((task,), timeout=self._stagger_s)
-                    if self._winner is not None:
-                        break
+                looking = {group.create_task(self._look_up(name, lookup)) for name, lookup in lookups.items()}
+                self._tasks += looking
+                await self._race(group, looking)
         except BaseException:
             if self._winner is not None:
                 self._dispose(self._winner)
             raise
         if self._winner is None:
-            raise DialFailed([(a, self._causes.get(a, "not tried")) for a in addresses])
+            raise DialFailed(list(self._causes.items()))
         return self._winner
+
+    async def _race(self, group: asyncio.TaskGroup, looking: set[asyncio.Task[None]]) -> None:
+        tried = 0
+        while self._winner is None:
+            if self._untried and tried < MAX_ADDRESSES:
+                tried += 1
+                self._last = self._untried.pop(0)
+                task = group.create_task(self._one(self._last))
+                self._tasks.append(task)
+                await asyncio.wait((task,), timeout=self._stagger_s)
+            elif waiting := [task for task in looking if not task.done()]:
+                running = [task for task in self._tasks if not task.done()]
+                await asyncio.wait({*waiting, *running}, return_when=asyncio.FIRST_COMPLETED)
+            else:
+                return
+
+    async def _look_up(self, name: Multiaddr, lookup: Lookup) -> None:
+        try:
+            found = await lookup()
+        except OSError as exc:
+            self._causes[name] = exc.strerror or str(exc)
+            return
+        fresh = [address for address in found if address not in self._causes]
+        self._causes |= dict.fromkeys(fresh, "not tried")
+        if fresh:
+            del self._causes[name]  # what becomes of its addresses says more
+        else:
+            self._causes[name] = "stands for no address that can be dialed, or for known ones"
+        self._untried = order([*self._untried, *fresh], after=self._last)
 
     async def _one(self, address: Multiaddr) -> None:
         try:

@@ -14,9 +14,9 @@ from typing import Final
 from ..protocol.errors import PeerUnreachable, SwarmError
 from ..protocol.ids import PeerId
 from ..protocol.multiaddr import Multiaddr
-from .dial import DialFailed, Race, order
+from .dial import DialFailed, Lookup, Race, order
 from .journal import Journal
-from .peerbook import PeerBook
+from .peerbook import PeerBook, PeerInfo
 from .tasks import Supervisor
 from .transport.base import Transport
 from .transport.wire import Wire
@@ -26,6 +26,7 @@ MAX_DIALS: Final = 256
 """Peers being dialed at once."""
 
 _Causes = list[tuple[Multiaddr, str]]
+_Usable = dict[Multiaddr, Transport]
 _Goal = tuple[PeerId, bool]
 """A peer to connect to, and whether directly. One that dials a relay never waits for one that may use a relay."""
 
@@ -114,42 +115,53 @@ class Dialer:
     async def _dial(
         self, peer: PeerId | None, addrs: Sequence[Multiaddr], *, bulk: bool = False, direct: bool = False
     ) -> Wire:
-        known = self._book.get(peer).addrs if peer is not None and not (bulk and addrs) else ()
-        wanted = [addr for addr in dict.fromkeys((*addrs, *known)) if not (direct and addr.is_relayed)]
-        usable, causes = await self._usable(peer, wanted)
-        if not usable and not causes:
+        info = self._book.get(peer) if peer is not None and not (bulk and addrs) else PeerInfo()
+        wanted = [addr for addr in dict.fromkeys((*addrs, *info.addrs)) if not (direct and addr.is_relayed)]
+        usable, names, causes = self._usable(peer, wanted)
+        if not usable and not names and not causes:
             raise PeerUnreachable(f"cannot reach {peer or 'a peer'}: no address is known for it; pass one with --peer")
+        race = Race(partial(self._attempt, peer, usable, bulk), _dispose)
         try:
-            wire = await Race(partial(self._attempt, peer, usable, bulk), _dispose).run(order(usable))
+            wire = await race.run(order(usable, first=info.proven), names)
         except DialFailed as exc:
             raise DialFailed([*exc.causes, *causes]) from exc
         self._book.proven(wire.remote, wire.address)
         return wire
 
-    async def _usable(
+    def _usable(
         self, peer: PeerId | None, addrs: Sequence[Multiaddr]
-    ) -> tuple[dict[Multiaddr, Transport], _Causes]:
-        """Real addresses with the transport for each, and why the others are none."""
-        usable: dict[Multiaddr, Transport] = {}
+    ) -> tuple[_Usable, dict[Multiaddr, Lookup], _Causes]:
+        """Real addresses with the transport for each, how to look names up, and why others are neither."""
+        usable: _Usable = {}
+        names: dict[Multiaddr, Lookup] = {}
         causes: _Causes = []
         for address in addrs:
             if address.is_relayed and address.peer_id is None and peer is not None:
                 address = address.with_peer(peer)  # a relay has to be told whom
             transport = next((t for t in self._transports if t.can_dial(address)), None)
             if transport is None:
-                causes.append((address, _why_not(address)))
+                causes.append((address, "no transport for this kind of address"))
             elif peer is not None and address.peer_id not in (None, peer):
                 causes.append((address, "names another peer"))
+            elif address.is_relayed:
+                usable[address] = transport
+            elif address.ip is None and address.host is not None:
+                names[address] = partial(self._look_up, transport, address, usable)
             else:
-                try:
-                    found = await transport.resolve(address if address.is_relayed else address.without_peer())
-                except OSError as exc:
-                    self._journal.dialing()
-                    self._journal.dial_failed(address, exc)
-                    causes.append((address, exc.strerror or str(exc)))
-                    continue
-                usable.update(dict.fromkeys(found, transport))
-        return usable, causes
+                usable[address.without_peer()] = transport
+        return usable, names, causes
+
+    async def _look_up(self, transport: Transport, name: Multiaddr, usable: _Usable) -> Sequence[Multiaddr]:
+        """What a name stands for. Raises OSError."""
+        try:
+            found = await transport.resolve(name)
+        except OSError as exc:
+            self._journal.dialing()
+            self._journal.dial_failed(name, exc)
+            raise
+        for address in found:
+            usable.setdefault(address, transport)
+        return found
 
     async def _attempt(
         self, peer: PeerId | None, transports: dict[Multiaddr, Transport], bulk: bool, address: Multiaddr
@@ -193,13 +205,6 @@ class Dialer:
                 wire.abort("the dial was given up")
             raise
         return made[0]
-
-
-def _why_not(address: Multiaddr) -> str:
-    """Why no transport dials an address."""
-    if address.value("dnsaddr") is not None:  # Python's standard library resolves names, but reads no TXT records
-        return "/dnsaddr stands for DNS TXT records, which are not read here; give one of the addresses in them"
-    return "no transport for this kind of address"
 
 
 def _dispose(wire: Wire) -> None:

@@ -8,10 +8,12 @@ long before TCP would give up.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import logging
 import socket
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from typing import Final
 
 from ...protocol import ping
@@ -29,6 +31,9 @@ SLEPT_S: Final = 10.0
 """The date went on so much further than the monotonic clock, which stands still in sleep: or somebody set the date."""
 LATE_S: Final = 30.0
 """A look that comes so late: the machine slept, or was stopped."""
+CALM_S: Final = 0.3
+"""Changes come in groups: an address goes, another one comes, then its route."""
+_GROUPS: Final = 0x10 | 0x40 | 0x100 | 0x400  # RTMGRP_: addresses and routes of both IP versions
 PROOF_S: Final = 4.0
 """After a change each connection has this long to prove that it lives."""
 
@@ -55,13 +60,19 @@ class Watch:
 
     async def run(self) -> None:
         """Until cancelled."""
-        while True:
-            await asyncio.sleep(LOOK_S)
-            if why := self.look():
-                logger.info("the network has changed: %s", why)
-                self._host.readdress()
-                self._changed(why)
-                await self.cut_dead()
+        told = asyncio.Event()
+        with _kernel_news(told, self._new_socket):
+            while True:
+                await _sleep(told)
+                await self._act()
+
+    async def _act(self) -> None:
+        """Look, and put things in order after a change."""
+        if why := self.look():
+            logger.info("the network has changed: %s", why)
+            self._host.readdress()
+            self._changed(why)
+            await self.cut_dead()
 
     def look(self) -> str:
         """What has changed since the last look, in words; empty: nothing."""
@@ -110,3 +121,36 @@ class Watch:
             wire.abort("no answer after the network changed")
         except (OSError, SwarmError) as exc:
             logger.debug("%r after a change of network: %s", wire, exc)
+
+
+async def _sleep(told: asyncio.Event) -> None:
+    """Until the kernel has news, or it is time to look anyhow."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(LOOK_S):
+            await told.wait()
+    if told.is_set():
+        await asyncio.sleep(CALM_S)
+        told.clear()
+
+
+@contextlib.contextmanager
+def _kernel_news(told: asyncio.Event, new_socket: NewSocket) -> Iterator[None]:
+    """On Linux the kernel tells of new addresses and routes at once; elsewhere looking has to do."""
+    with contextlib.ExitStack() as stack:
+        if sys.platform == "linux":
+            loop = asyncio.get_running_loop()
+            try:
+                news = stack.enter_context(new_socket(socket.AF_NETLINK, socket.SOCK_RAW))
+                news.setblocking(False)
+                news.bind((0, _GROUPS))
+                loop.add_reader(news, _heard, news, told)
+                stack.callback(loop.remove_reader, news)
+            except OSError as exc:
+                logger.debug("the kernel tells nothing: %s", exc)
+        yield
+
+
+def _heard(news: socket.socket, told: asyncio.Event) -> None:
+    with contextlib.suppress(OSError):  # too much to tell: that is news, too
+        news.recv(65536)
+    told.set()

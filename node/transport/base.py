@@ -124,4 +124,4 @@ class Transport(Protocol):
         """
 
     async def resolve(self, address: Multiaddr) -> Sequence[Multiaddr]:
-        """The addresses a DNS name stands for; the address itself when there is nothing to resolve."""
+        """The addresses a DNS name stands for, without /p2p; the address itself when there is nothing to resolve."""

@@ -51,15 +51,18 @@ class TcpTransport:
         self._bound: dict[socket.AddressFamily, list[Multiaddr]] = {}  # what we listen on
 
     def can_dial(self, address: Multiaddr) -> bool:
-        """Plain TCP, by IP or by name."""
-        return address.is_tcp and bool(address.port)
+        """Plain TCP, by IP or by name, or a name for such addresses."""
+        return (address.is_tcp and bool(address.port)) or address.without_peer().value("dnsaddr") is not None
 
     def can_listen(self, address: Multiaddr) -> bool:
         """Plain TCP on an IP address."""
         return address.is_tcp and address.ip is not None
 
     async def resolve(self, address: Multiaddr) -> Sequence[Multiaddr]:
-        """The IP addresses of a DNS address. Raises OSError when the name does not resolve."""
+        """The IP addresses of a DNS address, without /p2p. Raises OSError when the name does not resolve."""
+        if address.value("dnsaddr") is not None:
+            return await self._resolve_dnsaddr(address)
+        address = address.without_peer()
         if address.ip is not None:
             return (address,)
         kind = address.parts[0][0]
@@ -68,6 +71,13 @@ class TcpTransport:
             address.host, address.port, family=families.get(kind, 0), type=socket.SOCK_STREAM
         )
         return tuple(dict.fromkeys(_multiaddr(entry[4]) for entry in found))[:MAX_RESOLVED]
+
+    async def _resolve_dnsaddr(self, address: Multiaddr) -> Sequence[Multiaddr]:
+        from .names import resolve_dnsaddr  # most nodes never meet one
+
+        targets = [one for one in await resolve_dnsaddr(address) if one.is_tcp and one.port]
+        found = await asyncio.gather(*map(self.resolve, targets), return_exceptions=True)
+        return tuple(dict.fromkeys(one for some in found if not isinstance(some, BaseException) for one in some))
 
     async def dial(
         self, address: Multiaddr, factory: Factory, *, bulk: bool = False, from_listener: bool = False

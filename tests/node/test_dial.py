@@ -66,16 +66,83 @@ async def test_cancelling_cancels_every_attempt():
             await race({A: (9, "a"), B: (9, "b")}).run([A, B])
 
 
+FOUR = [Multiaddr.parse(f"/ip4/1.1.1.{n}/tcp/1") for n in range(3)]
+SIX = [Multiaddr.parse(f"/ip6/::{n}/tcp/1") for n in range(1, 3)]
+
+
 async def test_families_take_turns_and_doubles_go():
-    four = [Multiaddr.parse(f"/ip4/1.1.1.{n}/tcp/1") for n in range(3)]
-    six = [Multiaddr.parse(f"/ip6/::{n}/tcp/1") for n in range(1, 3)]
-    assert order([*four, *six, four[0]]) == [four[0], six[0], four[1], six[1], four[2]]
+    assert order([*FOUR, *SIX, FOUR[0]]) == [SIX[0], FOUR[0], SIX[1], FOUR[1], FOUR[2]]
+    assert order([*FOUR, *SIX], after=SIX[0]) == [FOUR[0], SIX[0], FOUR[1], SIX[1], FOUR[2]]
     assert len(order(Multiaddr.parse(f"/memory/{n}") for n in range(99))) == MAX_ADDRESSES
 
 
+async def test_what_worked_before_goes_first():
+    assert order([*FOUR, *SIX], first=[FOUR[2]]) == [FOUR[2], SIX[0], FOUR[0], SIX[1], FOUR[1]]
+
+
+NAME = Multiaddr.parse("/dns4/example.org/tcp/1")
+
+
+def looks_up(delay, *found):
+    async def lookup():
+        await asyncio.sleep(delay)
+        for one in found:
+            if isinstance(one, Exception):
+                raise one
+        return found
+
+    return {NAME: lookup}
+
+
+async def test_a_slow_name_holds_no_address_up(clock):
+    assert await race({A: (0.1, "a")}).run([A], looks_up(9, B)) == "a"
+    assert clock.now() == pytest.approx(0.1)
+
+
+async def test_what_a_name_stands_for_joins_the_race(clock):
+    assert await race({A: (9, "a"), B: (0.1, "b")}).run([A], looks_up(0.1, B)) == "b"
+    assert clock.now() == pytest.approx(STAGGER_S + 0.1)
+
+
+async def test_a_name_alone_is_waited_for(clock):
+    assert await race({B: (0.1, "b")}).run([], looks_up(3, B)) == "b"
+    assert clock.now() == pytest.approx(3.1)
+
+
+async def test_an_address_that_wins_while_a_name_is_looked_up_ends_it(clock):
+    assert await race({A: (1, "a")}).run([A], looks_up(9, B)) == "a"
+    assert clock.now() == pytest.approx(1)
+
+
+async def test_names_take_turns_with_what_is_under_way():
+    tried = []
+
+    async def attempt(address):
+        tried.append(address)
+        await asyncio.sleep(0.3)
+        raise ConnectionRefusedError(111, "Connection refused")
+
+    with pytest.raises(DialFailed):
+        await Race(attempt, lambda _: None).run([SIX[0]], looks_up(0.1, *SIX, *FOUR))
+    assert tried == [SIX[0], FOUR[0], SIX[1], FOUR[1], FOUR[2]]
+
+
+@pytest.mark.parametrize(
+    ("found", "cause"),
+    [
+        ([OSError(-2, "Name or service not known")], "Name or service not known"),
+        ([], "stands for no address that can be dialed, or for known ones"),
+    ],
+)
+async def test_names_that_do_not_help_are_causes(found, cause):
+    with pytest.raises(DialFailed) as caught:
+        await race({A: (0, TimeoutError())}).run([A], looks_up(0.1, *found))
+    assert caught.value.causes == ((A, "timed out"), (NAME, cause))
+
+
 async def test_addresses_that_nobody_dials_say_why():
-    dnsaddr = Multiaddr.parse("/dnsaddr/bootstrap.example")
+    webrtc = Multiaddr.parse("/ip4/192.0.2.1/udp/1/webrtc-direct")
     quic = Multiaddr.parse("/ip4/192.0.2.1/udp/1/quic-v1")
     async with hosts("memory", 1) as (one,):
-        with pytest.raises(PeerUnreachable, match=r"dnsaddr.*TXT records.*quic-v1: no transport for this kind"):
-            await one.connect(None, [dnsaddr, quic])
+        with pytest.raises(PeerUnreachable, match=r"webrtc-direct: no transport for this kind.*quic-v1: no transport"):
+            await one.connect(None, [webrtc, quic])
