@@ -7,10 +7,10 @@ are between two servers.
 
 Coordinates come from strangers, and answers can be delayed: values are clipped, one sample moves us at most MAX_STEP_S,
 and, once our own error is low, no farther than that error makes plausible; nobody's claim to be certain counts for more
-than MIN_REMOTE_ERROR, and a sample can at most double our idea of our error. Measured (tests/sim, 150 peers over nine
-regions): a median error of 12 % after 300 samples each, and of 12 to 20 % after a hundred more with one peer in ten
-lying wildly; without these four rules 56 to 94 %. With one liar in five it is 16 to 52 %, and our own error says so.
-Liars among the very first peers of a swarm do spoil it.
+than MIN_REMOTE_ERROR, and a sample can at most double our idea of our error. And whoever's claims never fit is not
+followed at all (whereabouts.py). Measured (tests/sim, 150 peers over nine regions): a median error of 13 % after 300
+samples each, and of 12 to 13 % after a hundred more with one peer in ten lying, 13 to 21 % with one in five; without
+the first four rules 56 to 94 % with one in ten, without the last 53 % with one in five.
 """
 
 from __future__ import annotations

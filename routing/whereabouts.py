@@ -2,7 +2,8 @@
 
 Every DHT answer carries its sender's coordinate. The round trip to it, or a later one to a peer whose coordinate is
 still known, moves us. A peer counts once in COUNTS_EVERY_S, with the lower median of its last round trips: one that
-answers often, or one slow answer, says no more than others.
+answers often, or one slow answer, says no more than others. Nor does one whose claims do not fit the round trips to it,
+time after time, while those of most others do. When we are the one who is wrong nobody fits, and everybody is believed.
 """
 
 from __future__ import annotations
@@ -25,6 +26,17 @@ BLURRED: Final = 0.7
 """With a larger relative error than this a place means nothing: the planner takes no notice of it either."""
 SAMPLES: Final = 4
 """Last round trips to a peer that are kept."""
+MIN_WITNESSES: Final = 8
+"""Fewer neighbours cannot say who of them does not fit."""
+MISFIT: Final = 4.0
+"""A neighbour does not fit if predictions are off by so many times the round trip to it, in the mean. Measured: with
+0.5 those who are themselves misplaced do not find back, near neighbours being the ones who contradict them most...
+"""
+MISFIT_FACTOR: Final = 4.0
+"""... and if that is so many times what they are off for half of the neighbours."""
+MAX_MISFIT: Final = 16.0
+"""One sample counts for so much at most."""
+_MISFIT_GAIN: Final = 0.25
 
 
 @dataclass(slots=True)
@@ -33,6 +45,8 @@ class _Neighbour:
     heard_at: float
     rtts: deque[float]
     counted_at: float = float("-inf")
+    misfit: float = 0.0
+    """Relative error of the predictions so far, smoothed."""
 
 
 class Whereabouts:
@@ -87,5 +101,14 @@ class Whereabouts:
             return
         neighbour.counted_at = now
         typical_s = sorted(neighbour.rtts)[(len(neighbour.rtts) - 1) // 2]
-        self._coordinate = moved(self._coordinate, neighbour.coordinate, typical_s, self._rng)
-        self.samples += 1
+        error = abs(self._coordinate.rtt_s(neighbour.coordinate) - typical_s) / max(typical_s, 1e-6)
+        neighbour.misfit += (min(error, MAX_MISFIT) - neighbour.misfit) * _MISFIT_GAIN
+        if not self._misfits(neighbour):
+            self._coordinate = moved(self._coordinate, neighbour.coordinate, typical_s, self._rng)
+            self.samples += 1
+
+    def _misfits(self, neighbour: _Neighbour) -> bool:
+        if neighbour.misfit <= MISFIT or len(self._neighbours) < MIN_WITNESSES:
+            return False
+        misfits = sorted(other.misfit for other in self._neighbours.values())
+        return neighbour.misfit > MISFIT_FACTOR * misfits[len(misfits) // 2]

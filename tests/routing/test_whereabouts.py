@@ -91,3 +91,49 @@ def test_neighbours_are_bounded_and_forgotten(monkeypatch):
     assert ours.samples == before, "the first two are gone"
     ours.measure(lambda _: 0.1, 4.0 + REMEMBERED_S + 1)
     assert len(ours) == 0
+
+
+def settled(count):
+    """Somebody at (0.02, -0.01) who has met each of some neighbours a few times."""
+    ours = Whereabouts(Random(1))
+    here, places = Coordinate(x=0.02, y=-0.01), {}
+    for number in range(count):
+        place = Random(number)
+        places[number] = (place.uniform(-0.05, 0.05), place.uniform(-0.05, 0.05), 1e-5, 0.1)
+    for turn in range(40 * count):
+        number = turn % count
+        rtt_s = here.rtt_s(Coordinate.from_floats(places[number]))
+        ours.heard(peer(number), places[number], rtt_s, 2.0 * turn)
+    return ours
+
+
+def test_whose_claims_never_fit_is_not_followed():
+    ours = settled(10)
+    place, samples = ours.coordinate, ours.samples
+    for turn in range(100):
+        ours.heard(peer(99), (9.0, 9.0, 0.0, 0.0), 0.05, 1000.0 + 2 * turn)
+    assert ours.samples <= samples + 2
+    assert ours.coordinate.error <= 1.5 * place.error
+    assert ours.coordinate.rtt_s(place) < 0.02
+
+
+def test_who_mends_its_ways_counts_again():
+    ours = settled(10)
+    for turn in range(30):
+        ours.heard(peer(99), (9.0, 9.0, 0.0, 0.0), 0.05, 1000.0 + 2 * turn)
+    samples = ours.samples
+    for turn in range(30):
+        ours.heard(peer(99), THERE, 0.04, 2000.0 + 2 * turn)
+    assert ours.samples > samples + 15
+
+
+def test_few_witnesses_or_being_wrong_ourselves_condemns_nobody():
+    few = settled(module.MIN_WITNESSES - 2)
+    samples = few.samples
+    few.heard(peer(99), (9.0, 9.0, 0.0, 0.0), 0.05, 1000.0)
+    assert few.samples == samples + 1
+    ours = settled(10)
+    samples = ours.samples
+    for turn in range(50):  # as if we had moved to another continent
+        ours.heard(peer(turn % 10), (5.0, 5.0, 1e-5, 0.1), 0.02, 1000.0 + 2 * turn)
+    assert ours.samples > samples + 40

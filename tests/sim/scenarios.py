@@ -13,9 +13,11 @@ from sim.latency import World
 from sim.network import Network
 from sim.population import acquaint, entrance, fail_silently, grow, mean_rtt_s, nearest, recall, teach, warm
 from sim.villains import Gang
-from swarmnode.routing.coordinates import Coordinate, moved
+from swarmnode.protocol.ids import PeerId
+from swarmnode.routing.coordinates import Coordinate
 from swarmnode.routing.keys import models_key
 from swarmnode.routing.table import subnet_of
+from swarmnode.routing.whereabouts import Whereabouts
 
 PAYLOAD = bytes(200)
 """About what a server announces of itself."""
@@ -559,6 +561,8 @@ def places(count, samples, *, liars=0.0, lie="wild", liars_from=0, seed=1):
     rng = Random(seed)
     earth = World(rng)
     earth.place(count - 1)
+    peers = [PeerId(b"\x12\x20" + number.to_bytes(32, "big")) for number in range(count)]
+    minds = [Whereabouts(Random(f"{seed} {number}")) for number in range(count)]
     held = [Coordinate() for _ in range(count)]
     villains = set(rng.sample(range(count), int(liars * count)))
     honest = [number for number in range(count) if number not in villains]
@@ -572,7 +576,8 @@ def places(count, samples, *, liars=0.0, lie="wild", liars_from=0, seed=1):
             if other in villains:
                 claim, delay_s = LIES[lie](rng, held[own])
                 rtt_s += delay_s
-            held[own] = moved(held[own], claim, rtt_s, rng)
+            minds[own].heard(peers[other], claim.as_floats(), rtt_s, 2.0 * turn)
+            held[own] = minds[own]._coordinate
     errors = []
     for _ in range(5000):
         one, two = rng.sample(honest, 2)

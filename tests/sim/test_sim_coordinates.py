@@ -12,14 +12,16 @@ def test_coordinates_predict_round_trips_and_know_how_well():
 
 @pytest.mark.parametrize("lie", LIES)
 def test_one_liar_in_ten_spoils_little(lie):
-    assert places(60, 250, liars=0.1, lie=lie, liars_from=200).median < 0.25
+    assert places(60, 250, liars=0.1, lie=lie, liars_from=200).median < 0.2
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lie", LIES)
 @pytest.mark.parametrize("seed", range(1, 4))
-def test_liars_are_survived_or_noticed(seed, lie):
-    assert places(150, 400, liars=0.01, lie=lie, liars_from=300, seed=seed).median < 0.15
-    assert places(150, 400, liars=0.1, lie=lie, liars_from=300, seed=seed).median < 0.25
+def test_liars_are_survived(seed, lie):
+    assert places(150, 400, liars=0.01, lie=lie, liars_from=300, seed=seed).median < 0.16
+    assert places(150, 400, liars=0.1, lie=lie, liars_from=300, seed=seed).median < 0.2
+    assert places(150, 400, liars=0.1, lie=lie, seed=seed).median < 0.25, "from the start"
     fifth = places(150, 450, liars=0.2, lie=lie, liars_from=300, seed=seed)
+    assert fifth.median < 0.35
     assert fifth.own > 0.6 * fifth.median, "nobody believes to know what it does not"
