@@ -240,6 +240,15 @@ def _folder_set(name: str) -> bool:
 @_option("--threads", type=click.IntRange(1, 1024), default=None, metavar="N", help="Threads to compute with.")
 @_option("--identity", type=click.Path(path_type=Path), default=None, metavar="FILE", help="Key file, made if missing.")
 @_option("--allow", multiple=True, metavar="PEER|CIDR", help="Let it in even when the node is full. Repeatable.")
+@_option("--relay", multiple=True, metavar="ADDR", help="Relay by which others reach this node. Repeatable.")
+@_option(
+    "--be-relay",
+    type=click.Choice(["auto", "on", "off"]),
+    default="auto",
+    show_default=True,
+    help="Pass on connections between others; auto: if this node can be dialed.",
+)
+@_option("--relay-limit", multiple=True, metavar="NAME=N", help="What to give as a relay at most. Repeatable.")
 @_option("--public-name", default="", metavar="NAME", help="What others see beside your peer id.")
 @_option(
     "--trace",
@@ -268,6 +277,9 @@ def join(
     threads: int | None,
     identity: Path | None,
     allow: tuple[str, ...],
+    relay: tuple[str, ...],
+    be_relay: str,
+    relay_limit: tuple[str, ...],
     public_name: str,
     trace: Path | None,
     as_json: bool,
@@ -280,6 +292,11 @@ def join(
     span = parse_span(serve)
     settings: dict[str, Any] = {"identity": identity, "public_name": public_name, "persistent": True}
     settings |= {"lan": lan, "allow": allow, "trace_dir": trace}
+    settings |= {"relay": be_relay, "relays": relay}
+    if relay_limit:
+        from .protocol.relay_ledger import RelayLimits
+
+        settings["relay_limits"] = RelayLimits.parse(relay_limit)
     if listen:
         settings["listen"] = listen
     config = _config(peer, swarm, publish_runtime=True, **settings)

@@ -12,6 +12,7 @@ from ..protocol.errors import ConfigError
 from ..protocol.invite import SWARM_NAME, Invite, is_invite
 from ..protocol.kad import MAIN_SWARM
 from ..protocol.multiaddr import Multiaddr
+from ..protocol.relay_ledger import RelayLimits
 from .limits import AllowList
 
 APP: Final = "swarmnode"
@@ -20,6 +21,9 @@ DEFAULT_SWARM: Final = MAIN_SWARM
 BUILTIN_MODEL: Final = "gemma3-270m"
 """The model when nothing says which: the demo's weights."""
 MAX_NAME: Final = 32
+REACHABILITY: Final = ("auto", "check", "public", "private")
+PORT_MAPPING: Final = ("auto", "off")
+RELAY: Final = ("auto", "on", "off")
 
 
 def default_data_dir() -> Path:
@@ -55,6 +59,12 @@ class NodeConfig:
     """Be found on the local network, and look for the swarm there when no other way into it is known."""
     allow: tuple[str, ...] | list[str] = ()
     """Peer ids, IP addresses and networks that are trusted: they get in when the node is full of others."""
+    relay: str = "auto"
+    """Pass on connections between others: "on", "off", or "auto", if others can dial this node."""
+    relays: tuple[str, ...] | list[str] = ()
+    """Multiaddrs, with /p2p/<id>, of relays by which this node is to be found, beside those it finds itself."""
+    relay_limits: RelayLimits = field(default_factory=RelayLimits)
+    """What this node gives as a relay."""
     public_name: str = ""
     """What others see beside the peer id."""
     data_dir: Path = field(default_factory=default_data_dir)
@@ -65,7 +75,12 @@ class NodeConfig:
     trace_dir: Path | None = None
     """Trace every connection into files of this folder: headers and lengths, never payload. See docs/operations.md."""
     dht_server: bool = True
-    """Answer others' look-ups. Short-lived clients should not."""
+    """Answer others' look-ups, while others can reach this node. Short-lived clients should not."""
+    reachability: str = "auto"
+    """Whether others can dial this node: `auto` finds out, unless it listens for this machine only; `check` finds out
+    even then; `public` and `private` believe you. Where not, it takes places at relays and answers no look-ups."""
+    port_mapping: str = "auto"
+    """Have the router open a port, by PCP, NAT-PMP or UPnP, where reachability is found out: "auto", or "off"."""
     kv_bytes: int | None = None
     """Budget of each served span's KV cache; None: a quarter of the free memory, at most 4 GiB."""
     log_bytes: int = 256 * 1024 * 1024
@@ -74,7 +89,7 @@ class NodeConfig:
     """How long a client waits for a replacement before it gives up, keeping what was generated."""
 
     def __post_init__(self) -> None:
-        for name in ("listen", "peers", "allow"):
+        for name in ("listen", "peers", "allow", "relays"):
             values = getattr(self, name)
             if isinstance(values, str):
                 raise ConfigError(f"{name} is the text {values!r}: use a list of texts")
@@ -84,6 +99,10 @@ class NodeConfig:
         AllowList(self.allow)
         for value in self.listen:
             Multiaddr.parse(value)
+        for name, allowed in (("reachability", REACHABILITY), ("port_mapping", PORT_MAPPING), ("relay", RELAY)):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}: use one of {', '.join(allowed)}")
+        self._check_relays()
         self._take_invites()
         for peer in self.peers:
             if Multiaddr.parse(peer).peer_id is None:
@@ -98,6 +117,12 @@ class NodeConfig:
                 raise ConfigError(f"{name} is {value}: use a positive number of bytes")
         if not 0 < self.repair_timeout_s < 86_400:
             raise ConfigError(f"repair_timeout_s is {self.repair_timeout_s}: use 0 to 86400 seconds")
+
+    def _check_relays(self) -> None:
+        for text in self.relays:
+            address = Multiaddr.parse(text)
+            if address.peer_id is None or address.is_relayed:
+                raise ConfigError(f"relay {text!r}: give the relay's own address, ending in /p2p/<its peer id>")
 
     def _take_invites(self) -> None:
         """Put the addresses in the place of invites; a swarm not named otherwise is the invites'."""
@@ -114,6 +139,18 @@ class NodeConfig:
     def listen_addrs(self) -> tuple[Multiaddr, ...]:
         """`listen`, parsed."""
         return tuple(Multiaddr.parse(text) for text in self.listen)
+
+    @property
+    def checks_reachability(self) -> bool:
+        """Whether a node with these settings finds out if others can dial it."""
+        if self.reachability == "auto":
+            return any(not address.is_loopback for address in self.listen_addrs)
+        return self.reachability == "check" and bool(self.listen)
+
+    @property
+    def relay_addrs(self) -> tuple[Multiaddr, ...]:
+        """`relays`, parsed."""
+        return tuple(Multiaddr.parse(text) for text in self.relays)
 
     @property
     def peer_addrs(self) -> tuple[Multiaddr, ...]:

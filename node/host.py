@@ -298,6 +298,10 @@ class Host:
         """Whether a connection to the peer is open."""
         return any(wire.is_open for wire in self._wires.to(peer))
 
+    def direct_wire(self, peer: PeerId) -> Wire | None:
+        """The connection to a peer that no relay carries, if there is one."""
+        return self._wires.direct(peer)
+
     def on_connect(self, callback: PeerCallback) -> Callable[[], None]:
         """Hear when the first connection to a peer opens; returns the unsubscription."""
         return _subscribe(self._wires.on_connect, callback)

@@ -13,7 +13,7 @@ import logging
 import random
 import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self
@@ -22,6 +22,7 @@ from ..protocol.errors import ConfigError, SwarmError
 from ..protocol.ids import PeerId
 from ..protocol.multiaddr import Multiaddr
 from ..protocol.report import KEY_BYTES
+from ..protocol.verdict import Reach, Verdict
 from . import lan
 from .clock import Clock
 from .config import NodeConfig
@@ -31,6 +32,7 @@ from .host import ConnectionInfo, Host
 from .identity import Identity
 from .joining import Joining
 from .observe import Reporter
+from .relay.role import Relaying, RelayRole
 from .runtime import RuntimeFile
 from .tasks import Supervisor
 from .transport.base import Transport
@@ -42,12 +44,16 @@ if TYPE_CHECKING:  # a node that neither serves nor uses models loads none of th
     from .client.role import ClientRole
     from .client.router import SwarmModel
     from .models import Model, Models
+    from .nat.service import Nat
     from .server.role import ServerRole
     from .server.span import LoadProgress, ServedSpan
 
 logger = logging.getLogger(__name__)
 
 ASK_S: Final = 2.0
+RELAYS_S: Final = 5.0
+"""How long a start waits for places at relays; they are looked for on."""
+_REACH: Final = {"public": Reach.PUBLIC, "private": Reach.PRIVATE}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +90,8 @@ class NodeStatus:
     """Nodes in the DHT's routing table."""
     sessions: int
     spans: tuple[SpanStatus, ...]
+    relaying: Relaying
+    """What it passes on for others, and its own addresses through relays."""
 
 
 class Node:
@@ -105,6 +113,8 @@ class Node:
         self._server: ServerRole | None = None
         self._client: ClientRole | None = None
         self._models: Models | None = None
+        self.nat: Nat | None = None
+        """What is known of the network around the node; None where it does not matter."""
 
     async def __aenter__(self) -> Self:
         """Listen, join the swarm through the peers given. Raises ConfigError, PeerUnreachable."""
@@ -123,6 +133,7 @@ class Node:
                 )
             )
             self._tasks = await stack.enter_async_context(Supervisor("node"))
+            await self._look_around(stack)
             await self._join()
             self._publish_runtime(stack)
             if self.config.persistent:
@@ -130,23 +141,55 @@ class Node:
             self._stack = stack.pop_all()
         return self
 
+    async def _look_around(self, stack: contextlib.AsyncExitStack) -> None:
+        """Find out from now on whether others can dial us, and have the router let them."""
+        if self.config.checks_reachability:
+            from .nat.service import Nat
+
+            nat = Nat(self.host, self.config, clock=self._clock, rng=self._rng)
+            self.nat = await stack.enter_async_context(nat)
+
+    def _reached(self, verdict: Verdict) -> None:
+        """It has turned out whether others can dial us."""
+        if self.config.dht_server:
+            self.discovery.serve(verdict.reach is not Reach.PRIVATE)
+        self.relaying.set_reach(verdict.reach)
+
     async def _join(self) -> None:
         config, clock = self.config, self._clock
-        self.discovery = Discovery(
-            self.host, clock=clock, rng=self._rng, swarm_name=config.swarm, server_mode=config.dht_server
-        )
+        serves = config.dht_server and config.reachability != "private"
+        self.discovery = Discovery(self.host, clock=clock, rng=self._rng, swarm_name=config.swarm, server_mode=serves)
+        self.relaying = self._relay_role()
+        if self.nat is not None:
+            self.nat.on_change(self._reached)
         self._tasks.start(self.discovery.run(), "discovery")
         self._joining = Joining(config, self.discovery, clock, self.peer_id)
+        self._tasks.start(self.relaying.run(), "relays")
         await self._joining.enter()
+        if config.relays or config.reachability == "private":
+            await self.relaying.settled(RELAYS_S)
         if config.persistent:
             self._tasks.start(self._joining.save_forever(), "remember peers")
         if config.lan:
             self._tasks.start(lan.announce(config.swarm, self.peer_id, self.addrs), "lan")
 
+    def _relay_role(self) -> RelayRole:
+        config = self.config
+        return RelayRole(
+            self.host,
+            self.discovery,
+            rng=self._rng,
+            mode=config.relay,
+            named=config.relay_addrs,
+            reach=_REACH.get(config.reachability, Reach.UNKNOWN),
+            limits=config.relay_limits,
+            swarm=config.swarm,
+        )
+
     def _publish_runtime(self, stack: contextlib.AsyncExitStack) -> None:
         if self.config.publish_runtime:
             key = secrets.token_bytes(KEY_BYTES)
-            Reporter(self.host, key)
+            Reporter(self.host, key, lambda: {"relaying": asdict(self.relaying.status())})
             file = RuntimeFile(self.config.state_dir, self.peer_id, self.config.swarm, self.addrs, key)
             stack.callback(file.remove)
 
@@ -327,6 +370,7 @@ class Node:
             known_nodes=len(self.discovery.peers()),
             sessions=len(server.sessions) if server else 0,
             spans=tuple(_span_status(span, len(server.sessions)) for span in server.spans) if server else (),
+            relaying=self.relaying.status(),
         )
 
 

@@ -117,9 +117,11 @@ def _direction(outbound: bool) -> str:
 class Reporter:
     """Answers the report protocol for whoever knows the key; anybody else's stream is reset and counted."""
 
-    def __init__(self, host: Host, key: bytes) -> None:
+    def __init__(self, host: Host, key: bytes, more: Callable[[], Json] = dict) -> None:
         self._host = host
         self._key = key
+        self._more = more
+        """What the node says beside its transport."""
         host.handle(REPORT_PROTOCOL, self._answer, max_streams_per_peer=MAX_ASKING)
 
     async def _answer(self, stream: Stream) -> None:
@@ -135,7 +137,7 @@ class Reporter:
                     self._host.refused["report-key"] += 1
                     frames.reset()
                     return
-                body = report(self._host, connections=asked.connections, to=stream.remote)
+                body = report(self._host, connections=asked.connections, to=stream.remote) | self._more()
                 await frames.send(Report(), json.dumps(body).encode())
         except TimeoutError:
             frames.reset()

@@ -44,6 +44,20 @@ def show_connections(said: Json, console: Console) -> None:
         console.table(("address", "ago", "why"), rows)
 
 
+def show_relaying(said: Json | None, console: Console) -> None:
+    """What a node passes on for others, and by which relays others find it; nothing when there is nothing."""
+    if not said:
+        return
+    for place in said["places"]:
+        console.data(f"  relayed at {_cell(place)}")
+    if (serves := said["serves"]) is not None:
+        refused = sum(serves["refused"].values())
+        console.data(
+            f"  relay: {serves['reservations']} places taken, {serves['circuits']} circuits open of "
+            f"{serves['circuits_total']}, {size(serves['bytes_total'])} passed on, {refused} refused"
+        )
+
+
 def _row(row: Json) -> tuple[str, ...]:
     return (
         _cell(row["peer_id"])[-8:],

@@ -22,7 +22,7 @@ from .host import Host
 from .identity import Identity
 from .node import Node
 from .observe import Json, ask_all, report, with_rates
-from .observed import show_connections
+from .observed import show_connections, show_relaying
 from .runtime import RunningNode, running_nodes
 
 PING_PAUSE_S: Final = 0.2
@@ -37,16 +37,18 @@ async def status(config: NodeConfig, console: Console) -> int:
         models = await node.models()
         views = [(listed, await node.view_of(listed)) for listed in models]
         known = (await node.status()).known_nodes
+    told = await ask_all(local, connections=False)
     if console.as_json:
-        told = await ask_all(local, connections=False)
         nodes = [
-            _node_json(node) | {"metrics": said and said["metrics"]} for node, said in zip(local, told, strict=True)
+            _node_json(node) | {"metrics": said and said["metrics"], "relaying": said and said.get("relaying")}
+            for node, said in zip(local, told, strict=True)
         ]
         body = {"swarm": config.swarm, "known_nodes": known, "local_nodes": nodes}
         console.json(body | {"models": [_coverage_json(view) for _, view in views]})
         return 0
-    for here in local:
+    for here, said in zip(local, told, strict=True):
         console.data(f"node {here.peer} (process {here.pid}) at {here.addrs[0] if here.addrs else 'no address'}")
+        show_relaying((said or {}).get("relaying"), console)
     console.data(f"swarm {config.swarm!r}: {known} nodes known, {len(views)} models served")
     for _, view in views:
         _show_coverage(view, console)

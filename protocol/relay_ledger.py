@@ -10,7 +10,7 @@ a limit raises OverLimit before anything is taken; bytes are let through to the 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -61,6 +61,18 @@ class RelayLimits:
             if value < 0 or (not value and name not in _MAY_BE_ZERO):
                 least = "zero (no limit) or more" if name in _MAY_BE_ZERO else "positive"
                 raise ConfigError(f"RelayLimits.{name} is {value}: it must be {least}")
+
+    @classmethod
+    def parse(cls, texts: Iterable[str]) -> RelayLimits:
+        """From `NAME=NUMBER` texts; what is not named keeps its default. Raises ConfigError."""
+        values: dict[str, int] = {}
+        for text in texts:
+            name, _, number = text.partition("=")
+            name = name.strip().replace("-", "_")
+            if name not in cls.__slots__ or not number.strip().isdecimal() or len(number) > 20:
+                raise ConfigError(f"relay limit {text[:60]!r}: use NAME=NUMBER, NAME one of {', '.join(cls.__slots__)}")
+            values[name] = int(number)
+        return cls(**values)
 
 
 REQUESTS_BURST: Final = 64

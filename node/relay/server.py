@@ -35,7 +35,6 @@ from ..limits import origin
 from ..tasks import Supervisor
 from ..transport.base import Priority, Stream
 from ..transport.stream import MuxedStream
-from ..wires import Wires
 from .circuits import read_message, write_message
 
 if TYPE_CHECKING:
@@ -75,12 +74,11 @@ class RelayStatus:
 class Relay:
     """One host's relay service. `async with`; ends every circuit when it ends."""
 
-    def __init__(self, host: Host, wires: Wires, limits: RelayLimits | None = None) -> None:
+    def __init__(self, host: Host, limits: RelayLimits | None = None) -> None:
         self.limits = limits or RelayLimits()
         self.ledger = Ledger(self.limits)
         """Who has what."""
         self._host = host
-        self._wires = wires
         self._now = host.clock.now
         self._turns = _Turns(FairShare(self.limits.bytes_per_s, host.clock.now()), host.clock.now)
         self._open: dict[Circuit, tuple[MuxedStream, MuxedStream]] = {}
@@ -214,7 +212,7 @@ class Relay:
 
     async def _stop(self, circuit: Circuit) -> MuxedStream | None:
         """A stream to the target, which has agreed to the circuit; None if it cannot be had."""
-        wire = self._wires.direct(circuit.target)
+        wire = self._host.direct_wire(circuit.target)
         if wire is None:
             self.ledger.refused["target-gone"] += 1
             return None

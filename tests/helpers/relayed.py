@@ -17,7 +17,7 @@ UNMETERED = RelayLimits(bytes_per_s=0)
 async def relay_host(kind, number, network, limits=UNMETERED, **options):
     """A running host that is a relay: (host, its Relay)."""
     make = tcp_host if kind == "tcp" else lambda number, **more: memory_host(network, number, **more)
-    async with make(number, **options) as host, Relay(host, host._wires, limits) as relay:
+    async with make(number, **options) as host, Relay(host, limits) as relay:
         yield host, relay
 
 

@@ -190,7 +190,7 @@ async def test_no_relay_over_a_relay(network):
     """One reaches the second relay over the first only: no place there, no circuit over it."""
     async with relay_host("memory", 90, network) as (first, _), hidden_host("memory", 1, network) as one:
         second = hidden_host("memory", 91, network)
-        async with second, Relay(second, second._wires, UNMETERED) as service:
+        async with second, Relay(second, UNMETERED) as service:
             await meet(second, first, one)
             await one.connect(second.peer_id)
             assert info(one, second.peer_id).relayed
