@@ -18,13 +18,14 @@ All of it under a new epoch, after which the client just goes on waiting for the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from .errors import LocalProtocolError, RemoteProtocolError
-from .messages import Data, Kind, Open, Output, Result, Rewire, Truncate, Want
+from .messages import Data, Fork, Kind, Open, Output, Result, Rewire, Truncate, Want
+from .sender import Copy, Cut, Sender, SendingLane
 from .session import Outgoing
-from .session_log import Entry, OutputLog
+from .session_log import Entry
 from .tensors import Codec
 
 
@@ -72,17 +73,17 @@ class Repair:
 
 
 @dataclass(slots=True)
-class _Lane:
-    cursor: int = 0
-    acked: int = 0
-    epoch: int = 0
-    """Results of a lower epoch are from before a truncation."""
+class _Lane(SendingLane):
+    """`epoch`: results of a lower one are from before a truncation."""
+
     cut: int = 0
-    """Length of the last truncation, made in `epoch`."""
+    """Length of the last truncation, made in `epoch`; 0 for a fork, which replaces everything."""
+    forked: bool = False
+    """That was a fork."""
+    settled: bool = True
+    """A result has come since: every hop has seen it."""
     replay_epoch: int = 0
     """Not 0: a replay from the tokens began in this epoch and no result of it has come yet."""
-    truncate_to: int | None = None
-    log: OutputLog = field(default_factory=OutputLog)
 
 
 class ChainMachine:
@@ -95,6 +96,9 @@ class ChainMachine:
         self.relayed: set[tuple[Hop, Hop]] = set()
         """Neighbours between which the client passes rows on."""
         self._lanes = [_Lane() for _ in range(spec.lanes)]
+        self._sender = Sender(self._lanes)
+        self._replayed = 0
+        """Epoch of the last replay from the tokens."""
 
     def position(self, lane: int = 0) -> int:
         """Rows of this lane fed so far."""
@@ -123,30 +127,67 @@ class ChainMachine:
 
     def truncate(self, position: int, lane: int = 0) -> None:
         """Forget rows from `position` on, here and all along the chain. Only while no row is under way."""
-        state = self._lanes[lane]
-        if state.acked != state.log.end:
-            raise LocalProtocolError("cannot truncate while rows are under way")
+        state = self._idle_lane(lane, "truncate")
         if not 0 <= position <= state.log.end:
             raise LocalProtocolError(f"cannot truncate to {position}: the lane has {state.log.end} rows")
-        self.epoch += 1
-        state.epoch = self.epoch
+        forked = state.forked and not state.settled and position > 0
+        self._began_anew(state, 0 if forked else position, forked=forked)
         state.log.cut(position)
-        state.cursor = min(state.cursor, position)
-        state.acked = state.cut = position
-        state.truncate_to = position
+        state.acked = position
+        self._sender.rewound(lane, position)
+        if not forked:
+            state.truncate_to = position
+            return
+        state.cursor = 0
+        if state.origin is not None:  # not every hop may have seen the fork yet: replace it by a shorter one
+            self._sender.forked(state.origin[0], lane, position, self.epoch)
+        else:
+            state.truncate_to = 0
+
+    def drop(self, lane: int) -> None:
+        """Forget all of a lane: the servers free its memory. It can be fed from position 0, or forked into, again."""
+        self.truncate(0, lane)
+
+    def fork(self, source: int, target: int) -> None:
+        """Make lane `target` what lane `source` is, here and all along the chain. Only while both are at rest.
+
+        What `target` held is forgotten. The servers share what the two have in common.
+        """
+        origin, state = self._idle_lane(source, "fork"), self._idle_lane(target, "fork into")
+        length = origin.log.end
+        if source == target:
+            raise LocalProtocolError(f"lane {source} cannot be forked into itself")
+        if not length:
+            self.truncate(0, target)
+            return
+        self._sender.rewound(target, 0)
+        self._began_anew(state, 0, forked=True)
+        state.log, state.acked, state.replay_epoch = origin.log.fork(length), length, origin.replay_epoch
+        self._sender.forked(source, target, length, self.epoch)
+
+    def _idle_lane(self, lane: int, what: str) -> _Lane:
+        state = self._lanes[lane]
+        if state.acked != state.log.end:
+            raise LocalProtocolError(f"cannot {what} lane {lane} while rows are under way")
+        return state
+
+    def _began_anew(self, lane: _Lane, position: int, *, forked: bool) -> None:
+        self.epoch += 1
+        lane.epoch, lane.cut, lane.forked, lane.settled = self.epoch, position, forked, False
 
     def next_outgoing(self) -> Outgoing | None:
         """The next frame for the first hop, taken out; None when there is nothing to send now."""
-        for index, lane in enumerate(self._lanes):
-            if lane.truncate_to is not None:
-                position, lane.truncate_to = lane.truncate_to, None
-                message = Truncate(session=self.spec.session, epoch=self.epoch, lane=index, position=position)
-                return Outgoing(message)
-            entry = lane.log.read(lane.cursor, lane.acked)
-            if entry is not None:
-                lane.cursor = entry.end
-                return Outgoing(self._data(index, entry), entry.payload)
-        return None
+        step, session = self._sender.next(), self.spec.session
+        match step:
+            case Cut(lane, position):
+                return Outgoing(Truncate(session=session, epoch=self.epoch, lane=lane, position=position))
+            case Copy(lane, source, position, forked):
+                epoch = forked or self.epoch
+                fork = Fork(session=session, epoch=epoch, lane=lane, source=source, position=position)
+                return Outgoing(fork)
+            case None:
+                return None
+        return Outgoing(self._data(step.lane, step.entry), step.entry.payload)
 
     def on_result(self, result: Result) -> bool:
         """Rows came through. True if the result is news; False for a repeat or one from before a truncation.
@@ -162,7 +203,7 @@ class ChainMachine:
         # Not the cursor: a repair may have moved it back while results of rows sent before were still on their way.
         if end > lane.log.end or result.position > lane.acked:
             raise RemoteProtocolError(f"result for rows {result.position}..{end}; {lane.acked}..{lane.log.end} are due")
-        lane.acked = end
+        lane.acked, lane.settled = end, True
         if result.epoch >= lane.replay_epoch:
             lane.replay_epoch = 0
         return True
@@ -209,12 +250,16 @@ class ChainMachine:
         following = self.hops[index + 1] if index + 1 < len(self.hops) else None
         return following if following is not None and (sender, following) in self.relayed else None
 
-    def replay(self) -> None:
-        """A server dropped its log: feed everything again from the tokens, under a new epoch.
+    def replay(self, epoch: int | None = None) -> None:
+        """A server lacks rows, as it said in this epoch: feed everything again from the tokens, under a new one.
 
-        The epoch makes every hop on the way rewind and recompute; the one that lacked its log gets it back.
+        The epoch makes every hop on the way rewind and recompute; the one that lacked its log gets it back. Nothing
+        happens if a later replay is on its way to it already.
         """
+        if epoch is not None and epoch < self._replayed:
+            return
         self.epoch += 1
+        self._replayed = self.epoch
         for lane in self._lanes:
             lane.replay_epoch = self.epoch
         self._replay_from_client()
@@ -226,7 +271,8 @@ class ChainMachine:
 
     def _replay_from_client(self) -> None:
         for lane in self._lanes:
-            lane.cursor, lane.truncate_to = 0, None
+            lane.truncate_to = None
+        self._sender.restart([0] * len(self._lanes))
 
     def _resume(self, index: int, fresh: set[Hop]) -> bool:
         """The hop after this one was in the session before and knows which rows it has."""

@@ -52,7 +52,8 @@ class Output(IntEnum):
     LOGITS = 1
     """float32 logits, little endian."""
     TOKEN = 2
-    """A sampled token: the tail has head and sampler, and no payload travels."""
+    """Sampled tokens: the tail has head and sampler. One token travels in the header, those of several rows in the
+    payload (protocol/token_rows.py)."""
 
 
 class RefusalCode(IntEnum):
@@ -166,12 +167,24 @@ class Result(Message, kind=6):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Truncate(Message, kind=7):
-    """In-band, down the chain: forget this lane's positions from `position` on."""
+    """In-band, down the chain: forget this lane's positions from `position` on. From 0 on: the lane is dropped."""
 
     session: bytes = blob(1, low=_ID, high=_ID)
     epoch: int = integer(2, high=MAX_EPOCH)
     lane: int = integer(3, high=MAX_LANES - 1, default=0)
     position: int = integer(4, high=MAX_POSITION)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fork(Message, kind=18):
+    """In-band, down the chain: lane `lane` is from now on what the first rows of lane `source` are."""
+
+    session: bytes = blob(1, low=_ID, high=_ID)
+    epoch: int = integer(2, high=MAX_EPOCH)
+    lane: int = integer(3, high=MAX_LANES - 1, default=0)
+    source: int = integer(4, high=MAX_LANES - 1, default=0)
+    position: int = integer(5, low=1, high=MAX_POSITION)
+    """How many of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -259,10 +272,10 @@ class Close(Message, kind=16):
     """Opener to server: free everything of this session."""
 
 
-TO_SERVER: Final = Catalogue(Open, Attach, Data, Truncate, Rewire, Probe, Close)
+TO_SERVER: Final = Catalogue(Open, Attach, Data, Truncate, Fork, Rewire, Probe, Close)
 TO_PREVIOUS: Final = Catalogue(Attached, Refused)
 TO_CLIENT: Final = Catalogue(
-    Opened, Refused, Data, Truncate, Result, HopFailed, LogGone, NeedReplay, Progress, Failed, Draining
+    Opened, Refused, Data, Truncate, Fork, Result, HopFailed, LogGone, NeedReplay, Progress, Failed, Draining
 )
 
 

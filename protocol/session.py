@@ -24,10 +24,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 
 from .errors import RemoteProtocolError
-from .messages import MAX_POSITION, Data, Kind, Open, Progress, Result, Rewire, Truncate, Want
-from .session_log import Entry, OutputLog
+from .messages import MAX_POSITION, Data, Fork, Kind, Open, Progress, Result, Rewire, Truncate, Want
+from .sender import Copy, Cut, Sender, SendingLane
+from .session_log import Entry
 from .tensors import Codec, codec_at, payload_size
 
 
@@ -50,29 +52,34 @@ class Job:
 class Outgoing:
     """A frame for the next hop."""
 
-    message: Data | Truncate
+    message: Data | Truncate | Fork
     payload: bytes = b""
 
 
+class Forked(Enum):
+    """What became of a Fork."""
+
+    STALE = 0
+    """It was from before a rewind: nothing."""
+    DONE = 1
+    """The KV caches must be forked as well, behind the jobs given out so far."""
+    LOST = 2
+    """Rows it needs are gone: the client must replay from the tokens."""
+
+
 @dataclass(slots=True)
-class _Lane:
-    epoch: int
+class _Lane(SendingLane):
     received: int = 0
     computed: int = 0
     pending: dict[int, int] = field(default_factory=dict)
     """Jobs under way: number -> position up to which their rows are still wanted."""
-    cursor: int = 0
-    """Next position to send to the next hop."""
     floor: int = MAX_POSITION
     """Lowest rewind since the next hop was set: from there on it needs the rows again, whatever it says it has."""
-    acked: int = 0
-    """Positions whose results the client has."""
-    truncate_to: int | None = None
-    """A truncation the next hop has not been told of."""
+    lost: bool = False
+    """Rows were given up that the client has been asked for: what follows them is no gap."""
     ceiling_epoch: int = 0
     """Rows of a lower epoch than this are valid below `ceiling` only: a truncation is on its way behind them."""
     ceiling: int = MAX_POSITION
-    log: OutputLog = field(default_factory=OutputLog)
 
 
 class SessionMachine:
@@ -93,6 +100,9 @@ class SessionMachine:
         self.epoch = open_.epoch
         self._row_bytes = payload_size(codec_at(self.start, self.codec, open_.cuts), 1, hidden)
         self._lanes = [_Lane(epoch=open_.epoch) for _ in range(open_.lanes)]
+        self._sender = Sender(self._lanes)
+        self._shared: dict[int, set[int]] = {}
+        """Jobs under way whose rows are also those of lanes that were forked: number -> these lanes."""
         self.next_known = not open_.resume
         """We know which rows the next hop has; until then nothing is sent to it."""
         self._jobs = 0
@@ -141,11 +151,17 @@ class SessionMachine:
         if data.epoch < lane.epoch or end <= data.position:
             return end, end
         if data.position > lane.received:
+            if lane.lost:
+                return end, end
             raise RemoteProtocolError(
                 f"rows from {data.position} do not follow row {lane.received} of lane {data.lane}"
             )
         if data.epoch > lane.epoch:
-            self._rewind(lane, data.position, data.epoch)
+            self._rewind(data.lane, data.position, data.epoch)
+        lane.lost = False
+        if data.want != Want.NOTHING:
+            # A truncation may have come as a replay, without a word of its own: what the client had is wanted again.
+            lane.acked = min(lane.acked, lane.received)
         return lane.received, end
 
     def on_truncate(self, source: bytes, truncate: Truncate) -> int | None:
@@ -153,48 +169,90 @@ class SessionMachine:
         lane = self._lane(source, truncate.session, truncate.lane)
         if truncate.epoch < lane.epoch:
             return None
-        self._truncate(lane, truncate.position, truncate.epoch)
+        self._truncate(truncate.lane, truncate.position, truncate.epoch)
         return lane.received
 
-    def _truncate(self, lane: _Lane, position: int, epoch: int) -> None:
+    def _truncate(self, index: int, position: int, epoch: int) -> None:
+        lane = self._lanes[index]
         position = min(position, lane.received)
-        self._rewind(lane, position, epoch)
+        self._rewind(index, position, epoch)
         lane.acked = min(lane.acked, position)
         lane.truncate_to = position
 
-    def _rewind(self, lane: _Lane, position: int, epoch: int) -> None:
+    def _rewind(self, index: int, position: int, epoch: int) -> None:
+        lane = self._lanes[index]
         lane.epoch = epoch
         lane.pending = {number: min(end, position) for number, end in lane.pending.items()}
         lane.received = position
         lane.computed = min(lane.computed, position)
-        lane.cursor = min(lane.cursor, position)
         lane.floor = min(lane.floor, position)
         lane.log.cut(position)
+        self._sender.rewound(index, position)
+
+    def on_fork(self, source: bytes, fork: Fork) -> Forked:
+        """Lane `fork.lane` becomes the first rows of another one, those still being computed too.
+
+        Raises RemoteProtocolError for a wrong sender or lane.
+        """
+        target, origin = (self._lane(source, fork.session, index) for index in (fork.lane, fork.source))
+        if target is origin:
+            raise RemoteProtocolError(f"lane {fork.lane} cannot be forked into itself")
+        if fork.epoch < max(target.epoch, target.ceiling_epoch):
+            return Forked.STALE
+        if target.received or fork.epoch > target.epoch:  # else it is replayed to us: the next hop may have it already
+            self._rewind(fork.lane, 0, fork.epoch)
+        target.truncate_to, target.acked = None, 0
+        as_rows = not self.is_tail and self.next_known and origin.cursor > fork.position
+        target.lost = origin.received < fork.position or (as_rows and origin.log.start > 0)
+        if target.lost:
+            return Forked.LOST
+        self._adopt(target, origin, fork)
+        return Forked.DONE
+
+    def _adopt(self, target: _Lane, origin: _Lane, fork: Fork) -> None:
+        target.received = target.acked = fork.position
+        target.computed = min(origin.computed, fork.position)
+        for number, end in origin.pending.items():
+            target.pending[number] = min(end, fork.position)
+            self._shared.setdefault(number, set()).add(fork.lane)
+        target.log = origin.log.fork(fork.position)
+        self._sender.forked(fork.source, fork.lane, fork.position, max(fork.epoch, self.epoch))
 
     def on_computed(self, job: Job, output: bytes) -> Result | None:
         """A job is done. At the tail: the Result to send, with `output` as payload. Else the rows go out by the log."""
+        for index in self._shared.pop(job.number, set()) - {job.lane}:
+            self._computed(self._lanes[index], job, output)
         lane = self._lanes[job.lane]
-        end = lane.pending.pop(job.number)
-        count = end - job.position
+        done = self._computed(lane, job, output)
+        if done is None or not self.is_tail:
+            return None
+        return Result(epoch=lane.epoch, lane=job.lane, position=job.position, count=done.count, want=done.want)
+
+    def _computed(self, lane: _Lane, job: Job, output: bytes) -> Entry | None:
+        """What a lane still wants of a job that is done."""
+        count = lane.pending.pop(job.number) - job.position
         if count <= 0:
             return None
         want = job.want if count == job.count else int(Want.NOTHING)
-        lane.computed = end
-        if self.is_tail:
-            return Result(epoch=lane.epoch, lane=job.lane, position=job.position, count=count, want=want)
-        lane.log.append(Entry(job.position, count, want, output[: len(output) // job.count * count]))
-        return None
+        entry = Entry(job.position, count, want, output[: len(output) // job.count * count])
+        lane.computed = entry.end
+        if not self.is_tail:
+            lane.log.append(entry)
+        return entry
 
     def on_failed(self, job: Job) -> None:
         """A job could not be done: its rows, and those after them, count as never received."""
-        lane = self._lanes[job.lane]
-        lane.pending.pop(job.number)
-        if job.position < lane.received:
-            self._rewind(lane, job.position, lane.epoch)
+        for index in {job.lane} | self._shared.pop(job.number, set()):
+            lane = self._lanes[index]
+            lane.pending.pop(job.number)
+            if job.position < lane.received:
+                self._rewind(index, job.position, lane.epoch)
+                lane.lost = True
 
     def is_wanted(self, job: Job) -> bool:
         """Whether any of the job's rows still are: a rewind may have made it pointless while it waited."""
-        return self._lanes[job.lane].pending[job.number] > job.position
+        lanes = {job.lane} | self._shared.get(job.number, set())
+        return any(self._lanes[lane].pending[job.number] > job.position for lane in lanes)
 
     def _number(self, lane: _Lane, end: int) -> int:
         self._jobs += 1
@@ -233,14 +291,15 @@ class SessionMachine:
 
         Either way no row beyond it may leave under the rewire's epoch, for that epoch says: after the truncation.
         """
-        for lane, epoch, position in zip(self._lanes, rewire.cut_epochs, rewire.cuts, strict=False):
+        cuts = zip(self._lanes, rewire.cut_epochs, rewire.cuts, strict=False)
+        for index, (lane, epoch, position) in enumerate(cuts):
             if epoch <= lane.epoch:
                 continue
             if rewire.set_prev:
-                self._truncate(lane, position, epoch)
+                self._truncate(index, position, epoch)
             else:
                 lane.ceiling_epoch, lane.ceiling = epoch, position
-                self._rewind(lane, min(position, lane.received), lane.epoch)
+                self._rewind(index, min(position, lane.received), lane.epoch)
 
     def on_attached(self, received: Sequence[int]) -> bool:
         """The next hop says which rows it has. Returns False if rows it lacks were dropped here: see on_rewire."""
@@ -263,30 +322,31 @@ class SessionMachine:
         """The next frame for the next hop, taken out; None when there is nothing to send now."""
         if self.is_tail or not self.next_known:
             return None
-        for index, lane in enumerate(self._lanes):
-            outgoing = self._outgoing(index, lane)
-            if outgoing is not None:
-                return outgoing
-        return None
-
-    def _outgoing(self, index: int, lane: _Lane) -> Outgoing | None:
-        epoch = max(lane.epoch, self.epoch)
-        if lane.truncate_to is not None:
-            position, lane.truncate_to = lane.truncate_to, None
-            return Outgoing(Truncate(session=self.id, epoch=epoch, lane=index, position=position))
-        entry = lane.log.read(lane.cursor, lane.acked)
-        if entry is None:
+        step = self._sender.next()
+        if step is None:
             return None
-        lane.cursor = entry.end
+        epoch = max(self._lanes[step.lane].epoch, self.epoch)
+        match step:
+            case Cut(lane, position):
+                return Outgoing(Truncate(session=self.id, epoch=epoch, lane=lane, position=position))
+            case Copy(lane, source, position, forked):
+                fork = Fork(session=self.id, epoch=forked or epoch, lane=lane, source=source, position=position)
+                return Outgoing(fork)
+        entry = step.entry
         data = Data(
             session=self.id,
             epoch=epoch,
-            lane=index,
+            lane=step.lane,
             position=entry.position,
             count=entry.count,
             want=entry.want,
         )
         return Outgoing(data, entry.payload)
+
+    @property
+    def reached(self) -> int:
+        """The latest epoch heard of. A replay in a later one is still on its way."""
+        return max(self.epoch, *(lane.epoch for lane in self._lanes))
 
     def drop_log(self) -> None:
         """The log budget is spent and this session was idle longest: give up all rows already sent."""
@@ -322,5 +382,6 @@ class SessionMachine:
             raise RemoteProtocolError(f"{data.count} rows need {data.count * row} bytes, got {len(payload)}")
 
     def _set_cursors(self, positions: Sequence[int]) -> None:
-        for lane, position in zip(self._lanes, positions, strict=False):
-            lane.cursor = min(position, lane.floor)
+        self._sender.restart(
+            [min(position, lane.floor) for lane, position in zip(self._lanes, positions, strict=False)]
+        )

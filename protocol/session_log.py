@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from .errors import LocalProtocolError
-from .messages import Want
+from .messages import MAX_POSITION, Want
 
 DEFAULT_BUDGET: Final = 256 * 1024 * 1024
 REPLAY_ROWS: Final = 128
@@ -78,18 +78,27 @@ class OutputLog:
         self.start = self._entries[keep - 1].end
         del self._entries[:keep], self._starts[:keep]
 
-    def read(self, position: int, acked: int) -> Entry | None:
+    def read(self, position: int, acked: int, limit: int = MAX_POSITION) -> Entry | None:
         """The next frame from `position` on: the very entry, or rows before `acked` joined up to REPLAY_ROWS.
 
-        None if there is nothing from there on, or not any more: then the client is about to replay.
+        It ends at `limit` at the latest. None if there is nothing from there on, or not any more: then the client is
+        about to replay.
         """
-        if not self.start <= position < self.end:
+        if not self.start <= position < min(self.end, limit):
             return None
         index = bisect_right(self._starts, position) - 1
         first = self._entries[index]
         if position >= acked:
-            return first if first.position == position else _part(first, position, first.end)
-        return self._joined(index, position, min(position + REPLAY_ROWS, acked, self.end))
+            return _part(first, position, min(first.end, limit))
+        return self._joined(index, position, min(position + REPLAY_ROWS, acked, self.end, limit))
+
+    def fork(self, position: int) -> OutputLog:
+        """A log of the rows before `position`, which may come later. It shares their bytes, and counts them again."""
+        other = OutputLog()
+        other._entries, other._starts = self._entries[:], self._starts[:]
+        other.start, other.size_bytes = self.start, self.size_bytes
+        other.cut(position)
+        return other
 
     def _joined(self, index: int, position: int, end: int) -> Entry:
         """Rows [position, end), whose results nobody waits for any more."""

@@ -20,6 +20,7 @@ from ...protocol.messages import (
     Data,
     Draining,
     Failed,
+    Fork,
     HopFailed,
     LogGone,
     NeedReplay,
@@ -145,6 +146,16 @@ class ChainSession:
         self._machine.truncate(position, lane)
         self._have_rows.set()
 
+    def fork(self, source: int, target: int) -> None:
+        """Make lane `target` what lane `source` is, everywhere. Only while neither has a result awaited."""
+        self._check()
+        self._machine.fork(source, target)
+        self._have_rows.set()
+
+    def drop(self, lane: int) -> None:
+        """Forget a lane, everywhere: its memory is freed. It can be forked into, or fed from position 0, again."""
+        self.truncate(0, lane)
+
     async def result(self) -> tuple[Result, bytes]:
         """The next result that was wanted. Waits through repairs.
 
@@ -205,7 +216,7 @@ class ChainSession:
         try:
             while (frame := await link.frames.receive()) is not None:
                 message, payload = frame
-                if isinstance(message, Data | Truncate):
+                if isinstance(message, Data | Truncate | Fork):
                     await self._pass_on(hop, message, payload)
                 else:
                     self._on_message(hop, link, message, payload)
@@ -219,8 +230,8 @@ class ChainSession:
                 self._on_result(hop, message, payload)
             case HopFailed(peer=peer, reason=reason):
                 self._on_hop_failed(hop, peer, reason)
-            case LogGone() | NeedReplay():
-                self._machine.replay()
+            case LogGone(epoch=epoch) | NeedReplay(epoch=epoch):
+                self._machine.replay(epoch)
                 self._have_rows.set()
             case Progress():
                 link.progress = message
@@ -284,7 +295,7 @@ class ChainSession:
         await self._tell(self._machine.relay(sender, receiver).rewires)
         self._have_rows.set()
 
-    async def _pass_on(self, sender: Hop, message: Data | Truncate, payload: bytes) -> None:
+    async def _pass_on(self, sender: Hop, message: Data | Truncate | Fork, payload: bytes) -> None:
         """Rows between two hops that cannot reach each other."""
         receiver = self._machine.relay_target(sender)
         link = self._links.get(receiver) if receiver else None

@@ -10,6 +10,7 @@ import struct
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import TYPE_CHECKING, Final
 
+from ...protocol import token_rows
 from ...protocol.messages import Output, Result, Want
 from ...protocol.sampling import Choice, SamplingParams
 from ...protocol.tensors import Codec
@@ -34,7 +35,7 @@ class Ends:
     @property
     def max_guesses(self) -> int:
         """Guesses whose rows a result can answer all at once."""
-        return 0 if self._output == Output.TOKEN else FORWARD_ROWS - 1
+        return FORWARD_ROWS - 1
 
     async def rows(self, ids: Sequence[int]) -> bytes:
         """The payload for these ids."""
@@ -53,7 +54,9 @@ class Ends:
     ) -> list[Choice]:
         """The tokens after `history`, as many as the guesses let be known; see sampling.choose_rows."""
         if self._output == Output.TOKEN:
-            return [Choice(result.token, result.logprob)]
+            if not payload:
+                return [Choice(result.token, result.logprob)]
+            return _confirmed(token_rows.decode(payload, self._vocab), guesses)
         if self._local is not None:
             return await self._local.choose(payload, self._codec, params, history, guesses, top)
         from .local import choose_from_logits  # torch is loaded here, not before
@@ -77,6 +80,15 @@ class Ends:
             chain.feed(await self.rows(part), len(part), Want.ALL)
         for _ in parts:
             yield (await chain.result())[1]
+
+
+def _confirmed(choices: Sequence[Choice], guesses: Sequence[int]) -> list[Choice]:
+    """The choice behind each right guess, up to the first that is wrong; sampled tokens of all rows came back."""
+    behind = choices[-len(guesses) - 1 :]
+    right = 0
+    while right < len(guesses) and behind[right].token == guesses[right]:
+        right += 1
+    return list(behind[: right + 1])
 
 
 def chunks(ids: Sequence[int], size: int) -> Iterator[Sequence[int]]:

@@ -6,7 +6,9 @@ import secrets
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
+from ...protocol import token_rows
 from ...protocol.chain import ChainSpec
+from ...protocol.errors import RemoteProtocolError
 from ...protocol.messages import Output, Result, Want
 from ...routing.planner import PlanRequest
 from ...routing.swarm import SwarmView
@@ -21,7 +23,7 @@ class Target:
     view: Callable[[bool], Awaitable[SwarmView]]
     """Called with True to ask the swarm anew."""
     row_bytes: int
-    """Payload of a result per row wanted; 0 where results are token ids."""
+    """Payload of a result per row wanted; 0 where results are tokens, which have their own form."""
     max_payload: int
     """Largest frame a hop may rightly send: a result, or rows to pass on."""
     vocab: int
@@ -30,8 +32,17 @@ class Target:
     def fits(self, result: Result, payload: bytes) -> bool:
         """Whether a result has the form it must have."""
         rows = {Want.NOTHING: 0, Want.LAST: 1, Want.ALL: result.count}[Want(result.want)]
-        token = rows == 0 or self.spec.output != Output.TOKEN or 0 <= result.token < self.vocab
-        return len(payload) == rows * self.row_bytes and token
+        if self.spec.output != Output.TOKEN or rows == 0:
+            return len(payload) == rows * self.row_bytes
+        if result.want == Want.LAST:
+            return not payload and 0 <= result.token < self.vocab
+        if len(payload) != rows * token_rows.ROW_BYTES:
+            return False
+        try:
+            token_rows.decode(payload, self.vocab)
+        except RemoteProtocolError:
+            return False
+        return True
 
 
 def new_session_id() -> bytes:

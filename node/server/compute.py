@@ -27,9 +27,10 @@ from ...kernels.kvcache import KVPool, LaneCache, NeedReplay
 from ...kernels.prefixes import Start, seed_of
 from ...kernels.sampling import sample
 from ...kernels.span import Piece, Span
+from ...protocol import token_rows
 from ...protocol.errors import LocalProtocolError, RemoteProtocolError, SwarmError
 from ...protocol.messages import Kind, Open, Output, Want
-from ...protocol.sampling import SamplingParams
+from ...protocol.sampling import Choice, SamplingParams
 from ...protocol.session import Job
 from ...protocol.tensors import Codec, codec_at
 from .outcome import BadRows, KVGone, Outcome, Timings
@@ -307,8 +308,11 @@ class Worker:
         logits = self.head.logits(rows)
         if seat.output == Output.LOGITS:
             return Outcome(logits.float().numpy().tobytes())
-        token, logprob = sample(logits[-1], seat.sampling.for_lane(job.lane), (), job.position + job.count)
-        return Outcome(token=token, logprob=min(0.0, logprob))
+        params, known = seat.sampling.for_lane(job.lane), job.position + job.count - rows.shape[0] + 1
+        choices = [Choice(*sample(row, params, (), known + index)) for index, row in enumerate(logits)]
+        if job.want == Want.ALL:
+            return Outcome(token_rows.encode(choices))
+        return Outcome(token=choices[-1].token, logprob=min(0.0, choices[-1].logprob))
 
 
 def _cache(seat: Seat, lane: int) -> LaneCache:

@@ -22,6 +22,7 @@ from ...protocol.messages import (
     Data,
     Draining,
     Failed,
+    Fork,
     HopFailed,
     LogGone,
     NeedReplay,
@@ -30,7 +31,7 @@ from ...protocol.messages import (
     Truncate,
 )
 from ...protocol.multiaddr import Multiaddr
-from ...protocol.session import Job, SessionMachine
+from ...protocol.session import Forked, Job, SessionMachine
 from ...protocol.session_log import LogBudget
 from ...protocol.wire import Message
 from ..framing import FrameStream
@@ -123,6 +124,8 @@ class ServerSession:
                 await self._take_data(self.machine.opener, message, payload)
             case Truncate():
                 self._take_truncate(self.machine.opener, message)
+            case Fork():
+                self._take_fork(self.machine.opener, message)
             case Rewire():
                 self._rewire(message)
             case Probe(nonce=nonce):
@@ -144,6 +147,8 @@ class ServerSession:
                     await self._take_data(source, message, payload)
                 elif isinstance(message, Truncate):
                     self._take_truncate(source, message)
+                elif isinstance(message, Fork):
+                    self._take_fork(source, message)
         except ProtocolError as exc:
             # Say whose fault it is, and keep the stream: were it reset, the previous hop would blame us.
             self._send_client(HopFailed(peer=source, epoch=self.machine.epoch, reason=_clip(exc)))
@@ -172,7 +177,18 @@ class ServerSession:
 
     def _take_truncate(self, source: bytes, truncate: Truncate) -> None:
         self._used()
-        self.machine.on_truncate(source, truncate)
+        if self.machine.on_truncate(source, truncate) == 0:
+            self._worker.drop(self._seat, truncate.lane)
+        self._have_rows.set()
+
+    def _take_fork(self, source: bytes, fork: Fork) -> None:
+        self._used()
+        match self.machine.on_fork(source, fork):
+            case Forked.DONE:
+                self._worker.fork(self._seat, fork.source, fork.lane)
+                self._evict(self._logs.charge(self, self.machine.log_bytes))
+            case Forked.LOST:
+                self._send_client(NeedReplay(epoch=self.machine.reached, lane=fork.lane, position=0))
         self._have_rows.set()
 
     def _used(self) -> None:
@@ -198,17 +214,17 @@ class ServerSession:
                 position=result.position,
                 count=result.count,
                 want=result.want,
-                token=outcome.token,
-                logprob=outcome.logprob,
+                token=outcome.token if result.want else -1,
+                logprob=outcome.logprob if result.want else 0.0,
                 compute_s=min(outcome.seconds, 3600.0),
             ),
-            outcome.payload,
+            outcome.payload if result.want else b"",
         )
 
     def _report_failure(self, job: Job, error: Exception) -> None:
         if isinstance(error, KVGone):
-            position = self.machine.received[job.lane]
-            self._send_client(NeedReplay(epoch=self.machine.epoch, lane=job.lane, position=min(position, job.position)))
+            position = min(self.machine.received[job.lane], job.position)
+            self._send_client(NeedReplay(epoch=self.machine.reached, lane=job.lane, position=position))
         elif isinstance(error, BadRows | ProtocolError) and self.machine.prev != self.machine.opener:
             self._send_client(HopFailed(peer=self.machine.prev, epoch=self.machine.epoch, reason=_clip(error)))
         else:
@@ -226,7 +242,7 @@ class ServerSession:
             self._start_next_hop()
         self._have_rows.set()
         if not complete:
-            self._send_client(LogGone(epoch=rewire.epoch))
+            self._send_client(LogGone(epoch=self.machine.reached))
 
     def _start_next_hop(self) -> None:
         """(Re)start the writer: the old one may be stuck on a peer that no longer answers."""
@@ -271,7 +287,7 @@ class ServerSession:
             message, _ = frame
             if isinstance(message, Attached):
                 if not self.machine.on_attached(message.received):
-                    self._send_client(LogGone(epoch=self.machine.epoch))
+                    self._send_client(LogGone(epoch=self.machine.reached))
                 self._have_rows.set()
         raise ConnectionResetError("the next hop ended the stream")
 

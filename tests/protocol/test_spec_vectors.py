@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
-from swarmnode.protocol import kad, messages, protobuf, reachability
+from swarmnode.protocol import kad, messages, protobuf, reachability, token_rows
 from swarmnode.protocol.connection import Connection
 from swarmnode.protocol.frames import PREFIX, pack, unpack_header, unpack_prefix
 from swarmnode.protocol.ids import PrivateKey
@@ -21,7 +21,7 @@ from swarmnode.protocol.multiaddr import Multiaddr
 from swarmnode.protocol.multistream import Dialer
 from swarmnode.protocol.noise import MAX_PLAINTEXT, XX, StaticKey
 from swarmnode.protocol.records import sign_entry, signed_bytes
-from swarmnode.protocol.sampling import SamplingParams
+from swarmnode.protocol.sampling import Choice, SamplingParams
 from swarmnode.protocol.tensors import Codec, payload_size
 from swarmnode.protocol.wire import Catalogue
 from swarmnode.routing import keys
@@ -69,11 +69,16 @@ FRAMES = {
     "session.data": Data(session=SESSION, epoch=0, position=0, count=2, payload_kind=1),
     "session.result": Result(epoch=0, position=0, count=2, token=506, logprob=-0.5),
     "session.truncate": messages.Truncate(session=SESSION, epoch=1, position=1),
+    "session.fork": messages.Fork(session=SESSION, epoch=2, lane=1, position=2),
+    "session.results": Result(epoch=2, position=2, count=2, want=2),
     "session.close": messages.Close(),
     "session.attach": messages.Attach(session=SESSION, start=9),
     "session.attached": messages.Attached(received=(2,)),
 }
-PAYLOADS = {"session.data": struct.pack("<II", 2, 105)}
+PAYLOADS = {
+    "session.data": struct.pack("<II", 2, 105),
+    "session.results": token_rows.encode([Choice(506, -0.5), Choice(107, -2.0)]),
+}
 ALL = Catalogue(*{type(message) for message in FRAMES.values()})
 
 
