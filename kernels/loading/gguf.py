@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -23,7 +23,7 @@ from . import gguf_model
 from .dequantize import dequantize, split_q8
 from .gguf_file import GgufFile, GgufTensor
 from .manifests import Hasher, Progress, by_name, cached_manifest
-from .shapes import Shape, block_shapes, check_names, check_shapes, table_shape
+from .shapes import Shape, check_names, check_shapes, norm_shapes, table_shape
 from .store import Store, Tensors
 from .vocabulary import TABLES, tokenizer_json
 
@@ -45,6 +45,7 @@ class GgufCheckpoint:
         self.path = path
         self._file = GgufFile(path)
         self.config = gguf_model.model_config(self._file)
+        self._layout = gguf_model.architecture_of(self._file).layout(self.config, self._file.tensors)
         self._check_tables()
         self.manifest = cached_manifest([path], cache_dir, CONVERSION, lambda: self._build_manifest(progress), name)
         self._file.forget(*TABLES)
@@ -74,27 +75,44 @@ class GgufCheckpoint:
         """The tensors of one block in `dtype`, named as inside a Hugging Face block."""
         if not 0 <= index < self.config.num_blocks:
             raise CorruptCheckpoint(f"{self.name} has {self.config.num_blocks} blocks, none is {index}")
-        names = self._block_names(index)
-        return self._converted(f"block-{index:04d}", dtype, names, lambda: self._check_block(index, names))
+        key = f"block-{index:04d}.{str(dtype).removeprefix('torch.')}"
+        return self._store.tensors(key, lambda: self._make_block(index, dtype))
+
+    def _make_block(self, index: int, dtype: torch.dtype) -> Tensors:
+        prefix = f"blk.{index}."
+        wanted = {prefix + name: each for name, each in self._layout.stored(self.config, index).items()}
+        check_names(self.path, f"block {index}", wanted, [n for n in self._file.tensors if n.startswith(prefix)])
+        shapes = {name: each.shape for name, each in wanted.items()}
+        check_shapes(self.path, shapes, {name: _squared(self._file.tensors[name], shapes[name]) for name in wanted})
+        made = {}
+        for name, each in wanted.items():
+            values = self._dequantized(name, dtype).reshape(each.shape)
+            for ours, take in each.parts.items():
+                made[ours] = self._converted(take(values), ours, dtype)
+        return made
 
     def embedding(self, dtype: torch.dtype) -> torch.Tensor:
         """The embedding matrix [vocab, hidden] in `dtype`."""
-        return self._converted("embedding", dtype, {"weight": gguf_model.EMBEDDING})["weight"]
+        return self._named("embedding", dtype, {"weight": gguf_model.EMBEDDING})["weight"]
 
     def embedding_norm(self, dtype: torch.dtype) -> Tensors:
-        """Never there: no family with one is read from GGUF. Raises UnsupportedModel."""
-        raise UnsupportedModel(f"{self.path}: has no norm after the embedding")
+        """`norm.weight` and `norm.bias` of the norm after the embedding, where the family has one."""
+        return self._named("embedding-norm", dtype, self._norm_names(self._layout.embedding_norm))
 
     def head(self, dtype: torch.dtype) -> Tensors:
-        """`norm.weight` and `lm_head.weight` in `dtype`."""
+        """The final norm and `lm_head.weight` in `dtype`."""
         if self.config.tied_head:
             return {**self.final_norm(dtype), "lm_head.weight": self.embedding(dtype)}
-        head = self._converted("head", dtype, {"lm_head.weight": gguf_model.OUTPUT})
+        head = self._named("head", dtype, {"lm_head.weight": gguf_model.OUTPUT})
         return {**self.final_norm(dtype), **head}
 
     def final_norm(self, dtype: torch.dtype) -> Tensors:
-        """`norm.weight` alone, for a head that stays in 8 bits."""
-        return self._converted("norm", dtype, {"norm.weight": gguf_model.OUTPUT_NORM})
+        """`norm.weight`, and `norm.bias` where norms have one."""
+        return self._named("norm", dtype, self._norm_names(gguf_model.OUTPUT_NORM))
+
+    def _norm_names(self, stem: str) -> dict[str, str]:
+        """Our name of each tensor of a norm -> the file's."""
+        return {name: f"{stem}.{name.removeprefix('norm.')}" for name in norm_shapes(self.config)}
 
     def head_q8(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The LM head as stored: int8 [vocab, hidden] and float16 scales [vocab, hidden / 32]. Needs head_kind q8_0."""
@@ -112,43 +130,33 @@ class GgufCheckpoint:
     def _head_name(self) -> str:
         return gguf_model.EMBEDDING if self.config.tied_head else gguf_model.OUTPUT
 
-    def _block_names(self, index: int) -> dict[str, str]:
-        """Our name of each tensor of a block -> the file's."""
-        theirs = gguf_model.block_names(self.config.family)
-        parts = {name: name.rpartition(".") for name in block_shapes(self.config)}
-        return {name: f"blk.{index}.{theirs[stem]}.{suffix}" for name, (stem, _, suffix) in parts.items()}
-
     def _check_tables(self) -> None:
-        names = {gguf_model.EMBEDDING, gguf_model.OUTPUT_NORM, self._head_name}
-        tensors = {name: tensor for name, tensor in self._file.tensors.items() if not name.startswith("blk.")}
-        check_names(self.path, "the head", names, tensors)
+        norms = [gguf_model.OUTPUT_NORM, *([self._layout.embedding_norm] if self._layout.embedding_norm else [])]
         table = table_shape(self.config)
-        expected = {gguf_model.EMBEDDING: table, self._head_name: table, gguf_model.OUTPUT_NORM: table[1:]}
-        check_shapes(self.path, expected, _shapes(tensors))
+        expected = {gguf_model.EMBEDDING: table, self._head_name: table}
+        expected |= {name: table[1:] for stem in norms for name in self._norm_names(stem).values()}
+        tensors = {name: tensor for name, tensor in self._file.tensors.items() if not name.startswith("blk.")}
+        used = {gguf_model.LONG_FACTORS, gguf_model.SHORT_FACTORS} & set(tensors) if self.config.rope.factors else set()
+        check_names(self.path, "the head", {*expected, *used}, tensors)
+        check_shapes(self.path, expected, {name: tensor.shape for name, tensor in tensors.items()})
 
-    def _check_block(self, index: int, names: Mapping[str, str]) -> None:
-        found = [name for name in self._file.tensors if name.startswith(f"blk.{index}.")]
-        check_names(self.path, f"block {index}", names.values(), found)
-        expected = {names[name]: shape for name, shape in block_shapes(self.config).items()}
-        check_shapes(self.path, expected, _shapes(self._file.tensors))
-
-    def _converted(
-        self, key: str, dtype: torch.dtype, names: Mapping[str, str], check: Callable[[], None] | None = None
-    ) -> Tensors:
+    def _named(self, key: str, dtype: torch.dtype, names: Mapping[str, str]) -> Tensors:
         """Tensors by our name from the cache, or dequantized now."""
 
         def make() -> Tensors:
-            if check is not None:
-                check()
-            return {name: self._dequantized(name, stored, dtype) for name, stored in names.items()}
+            return {
+                name: self._converted(self._dequantized(stored, dtype), name, dtype) for name, stored in names.items()
+            }
 
         return self._store.tensors(f"{key}.{str(dtype).removeprefix('torch.')}", make)
 
-    def _dequantized(self, name: str, stored: str, dtype: torch.dtype) -> torch.Tensor:
+    def _dequantized(self, stored: str, dtype: torch.dtype) -> torch.Tensor:
         """Matrices go straight to `dtype`; vectors are adjusted in float32 first, which their offset of one needs."""
         tensor = self._checked(stored)
         target = dtype if len(tensor.entry.shape) > 1 else torch.float32
-        values = dequantize(tensor.raw, tensor.entry.kind, tensor.entry.shape, target)
+        return dequantize(tensor.raw, tensor.entry.kind, tensor.entry.shape, target)
+
+    def _converted(self, values: torch.Tensor, name: str, dtype: torch.dtype) -> torch.Tensor:
         return gguf_model.to_hf(values, name, self._file, self.config).to(dtype).contiguous()
 
     def _checked(self, name: str) -> _Stored:
@@ -186,5 +194,6 @@ class GgufCheckpoint:
         return files
 
 
-def _shapes(tensors: Mapping[str, GgufTensor]) -> dict[str, Shape]:
-    return {name: tensor.shape for name, tensor in tensors.items()}
+def _squared(tensor: GgufTensor, wanted: Shape) -> Shape:
+    """Its shape; a matrix of one row is stored as a vector."""
+    return wanted if wanted[:1] == (1,) and tensor.shape == wanted[1:] else tensor.shape

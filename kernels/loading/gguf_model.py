@@ -15,53 +15,20 @@ import torch
 
 from ...protocol.errors import CorruptCheckpoint, UnsupportedModel
 from ..models.config import ModelConfig
+from .gguf_families import ARCHITECTURES, Architecture, Key
 from .gguf_file import GgufFile, Value
-
-MODEL_TYPES: Final = {
-    "llama": "llama",
-    "mistral": "mistral",
-    "qwen2": "qwen2",
-    "qwen3": "qwen3",
-    "gemma3": "gemma3_text",
-}
-"""general.architecture -> Hugging Face model_type."""
 
 EMBEDDING: Final = "token_embd.weight"
 OUTPUT: Final = "output.weight"
-OUTPUT_NORM: Final = "output_norm.weight"
+OUTPUT_NORM: Final = "output_norm"
+"""A stem: it may have a bias."""
 ROPE_FREQUENCIES: Final = "rope_freqs.weight"
-
-_NAMES: Final = {
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "attn_norm": "input_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_NORMS: Final = {
-    "llama": {"ffn_norm": "post_attention_layernorm"},
-    "gemma3": {
-        "post_attention_norm": "post_attention_layernorm",
-        "ffn_norm": "pre_feedforward_layernorm",
-        "post_ffw_norm": "post_feedforward_layernorm",
-    },
-}
-"""By family: the one between attention and MLP is named by what it follows or by what it precedes."""
+LONG_FACTORS: Final = "rope_factors_long.weight"
+SHORT_FACTORS: Final = "rope_factors_short.weight"
 
 _LLAMA3_LOW: Final = 1.0
 _LLAMA3_HIGH: Final = 4.0
 _LLAMA3_ORIGINAL: Final = 8192
-_GEMMA3_27B_BLOCKS: Final = 62
-
-
-def block_names(family: str) -> dict[str, str]:
-    """Hugging Face's name inside a block -> GGUF's, without suffix (.weight, .bias)."""
-    return {ours: theirs for theirs, ours in {**_NAMES, **_NORMS[family]}.items()}
 
 
 def model_config(file: GgufFile) -> ModelConfig:
@@ -72,32 +39,35 @@ def model_config(file: GgufFile) -> ModelConfig:
 def hf_config(file: GgufFile) -> dict[str, Any]:
     """The file's metadata as the config.json its model had."""
     metadata = file.metadata
-    architecture = metadata.get("general.architecture")
-    if architecture not in MODEL_TYPES:
+    name = str(metadata.get("general.architecture"))
+    if name not in ARCHITECTURES:
         raise UnsupportedModel(
-            f"{file.path}: GGUF architecture {architecture!r} is not supported: {', '.join(MODEL_TYPES)} are"
+            f"{file.path}: GGUF architecture {name!r} is not supported: {', '.join(ARCHITECTURES)} are"
         )
     if isinstance(shards := metadata.get("split.count", 1), int) and shards > 1:
         raise UnsupportedModel(f"{file.path}: is one of {shards} parts: join them with llama-gguf-split --merge")
-    config = _common(file, str(architecture))
-    _add_windows(config, metadata, str(architecture))
-    _add_rope_scaling(config, file, str(architecture))
+
+    def key(what: str) -> Value | None:
+        return metadata.get(f"{name}.{what}")
+
+    config = _common(file, ARCHITECTURES[name].model_type, key)
+    config |= ARCHITECTURES[name].more(key, config, file.tensors)
+    _add_rope_scaling(config, file, name)
     return config
 
 
-def _common(file: GgufFile, architecture: str) -> dict[str, Any]:
+def architecture_of(file: GgufFile) -> Architecture:
+    """What a file's architecture means, once hf_config has accepted it."""
+    return ARCHITECTURES[str(file.metadata["general.architecture"])]
+
+
+def _common(file: GgufFile, model_type: str, key: Key) -> dict[str, Any]:
     metadata = file.metadata
     if EMBEDDING not in file.tensors or len(file.tensors[EMBEDDING].shape) != 2:
         raise CorruptCheckpoint(f"{file.path}: has no matrix {EMBEDDING}: it is no text model, or a damaged one")
-    if any(".ffn_gate_inp." in name for name in file.tensors):
-        raise UnsupportedModel(f"{file.path}: mixtures of experts are not supported yet")
-
-    def key(name: str) -> Value | None:
-        return metadata.get(f"{architecture}.{name}")
-
     heads = key("attention.head_count")
     return {
-        "model_type": MODEL_TYPES[architecture],
+        "model_type": model_type,
         "num_hidden_layers": key("block_count"),
         "hidden_size": key("embedding_length"),
         "intermediate_size": key("feed_forward_length"),
@@ -109,7 +79,6 @@ def _common(file: GgufFile, architecture: str) -> dict[str, Any]:
         "rope_theta": key("rope.freq_base"),
         "vocab_size": file.tensors[EMBEDDING].shape[0],
         "tie_word_embeddings": OUTPUT not in file.tensors,
-        "attention_bias": architecture == "llama" and "blk.0.attn_q.bias" in file.tensors,
         "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": _end_tokens(metadata),
     }
@@ -133,20 +102,6 @@ def _end_tokens(metadata: Mapping[str, Value]) -> list[Value] | None:
     return list(ids) or None
 
 
-def _add_windows(config: dict[str, Any], metadata: Mapping[str, Value], architecture: str) -> None:
-    window = metadata.get(f"{architecture}.attention.sliding_window")
-    if architecture == "gemma3":
-        config["sliding_window"] = window
-        if config["num_hidden_layers"] == _GEMMA3_27B_BLOCKS:
-            # Only the 27B scales queries by hidden / heads instead of head_dim, and the file does not say so.
-            config["query_pre_attn_scalar"] = config["hidden_size"] // config["num_attention_heads"]
-        elif config["head_dim"] is not None:
-            config["query_pre_attn_scalar"] = config["head_dim"]
-    elif architecture == "mistral" or (window and architecture == "llama"):
-        config["model_type"] = "mistral"  # files of the first Mistral call themselves llama, with a window
-        config["sliding_window"] = window or None
-
-
 def _add_rope_scaling(config: dict[str, Any], file: GgufFile, architecture: str) -> None:
     prefix = f"{architecture}.rope.scaling."
     kind = file.metadata.get(prefix + "type")
@@ -157,6 +112,13 @@ def _add_rope_scaling(config: dict[str, Any], file: GgufFile, architecture: str)
             "rope_type": kind,
             "factor": file.metadata.get(prefix + "factor", 1.0),
             "original_max_position_embeddings": file.metadata.get(prefix + "original_context_length"),
+        }
+    if LONG_FACTORS in file.tensors and SHORT_FACTORS in file.tensors:
+        config["rope_scaling"] = {
+            "rope_type": "longrope",
+            "long_factor": _floats(file, LONG_FACTORS),
+            "short_factor": _floats(file, SHORT_FACTORS),
+            "attention_factor": file.metadata.get(prefix + "attn_factor"),
         }
     if ROPE_FREQUENCIES in file.tensors:
         config["rope_scaling"] = _llama3_scaling(file, config)
@@ -188,14 +150,21 @@ def _llama3_scaling(file: GgufFile, config: Mapping[str, Any]) -> dict[str, Any]
 
 def to_hf(tensor: torch.Tensor, name: str, file: GgufFile, config: ModelConfig) -> torch.Tensor:
     """Undo llama.cpp's numeric conventions on a tensor named as in a Hugging Face checkpoint."""
-    if config.family == "gemma3" and name.endswith("norm.weight"):
+    architecture = architecture_of(file)
+    if architecture.norms_plus_one and name.endswith("norm.weight"):
         return tensor - 1
-    if file.metadata["general.architecture"] in ("llama", "mistral"):
+    if architecture.paired:
         if name.startswith("self_attn.q_proj."):
             return _half_rotary(tensor, config.num_heads)
         if name.startswith("self_attn.k_proj."):
             return _half_rotary(tensor, config.num_kv_heads)
     return tensor
+
+
+def _floats(file: GgufFile, name: str) -> list[float]:
+    if file.tensors[name].kind != "F32":
+        raise UnsupportedModel(f"{file.path}: {name} is stored as {file.tensors[name].kind}: F32 is supported")
+    return [float(value) for value in np.frombuffer(file.raw(name), "<f4")]
 
 
 def _half_rotary(tensor: torch.Tensor, heads: int) -> torch.Tensor:

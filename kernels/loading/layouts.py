@@ -75,6 +75,8 @@ class Layout:
     """Stem of gate and up in one, stacked."""
     cubes: bool = False
     """Experts are three-dimensional, [expert, in, out], with gate and up in alternating columns (GPT-OSS)."""
+    stacked: Mapping[str, str] = field(default_factory=dict)
+    """Experts are in cubes [expert, out, in]: part of an expert -> stem of its cube (GGUF)."""
     packed: bool = False
     """They are stored in MXFP4, [expert, out, in / 32, 16 bytes], with a scale for every 32 values."""
 
@@ -89,6 +91,8 @@ class Layout:
             found |= _fused(self.fused_gate_up, names, shapes, _rows)
         if self.cubes and config.experts_of(index) is not None:
             found |= _cubes(config, shapes, self.packed)
+        if self.stacked and config.experts_of(index) is not None:
+            found |= _stacked(config, shapes, self.stacked)
         for name, shape in shapes.items():
             found[self.rename(name)] = Stored(shape, {name: _whole})
         return found
@@ -180,6 +184,24 @@ def _cubes(config: ModelConfig, shapes: dict[str, Shape], packed: bool) -> dict[
             found[name] = Stored((count, in_features, out_features), weights)
         found[f"{name}_bias"] = Stored((count, out_features), biases)
     return found
+
+
+def _stacked(config: ModelConfig, shapes: dict[str, Shape], stems: Mapping[str, str]) -> dict[str, Stored]:
+    """One cube for each matrix of all experts of a block."""
+    experts = config.experts
+    assert experts is not None
+    found: dict[str, Stored] = {}
+    for part, stem in stems.items():
+        names = [f"mlp.experts.{number}.{part}.weight" for number in range(experts.count)]
+        planes = [shapes.pop(name) for name in names]
+        found[f"{stem}.weight"] = Stored(
+            (experts.count, *planes[0]), {name: partial(_plane, number) for number, name in enumerate(names)}
+        )
+    return found
+
+
+def _plane(number: int, cube: torch.Tensor) -> torch.Tensor:
+    return cube[number]
 
 
 def _columns(number: int, which: slice, cube: torch.Tensor) -> torch.Tensor:

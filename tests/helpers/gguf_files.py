@@ -9,16 +9,19 @@ from pathlib import Path
 import gguf
 import torch
 from safetensors import safe_open
-from swarmnode.kernels.loading.gguf_model import block_names
 
 SPM_TOKENS = ["<pad>", "<eos>", "<bos>", "<unk>", "[mm]"]
 CONTROL, USER_DEFINED, BYTE, NORMAL = 3, 4, 6, 1
 
 
+PAIRED = ("llama", "mistral", "granite", "smollm3")
+"""Architectures whose converters put rotary rows into pairs."""
+
+
 def write_gguf(
     path: Path, folder: Path, architecture: str, *, matrix_type: str = "F32", table_type: str = "F32", extra=()
 ) -> Path:
-    """Convert as convert_hf_to_gguf does: permuted rotary rows (llama), norms plus one (gemma), own names."""
+    """Convert as convert_hf_to_gguf does; names are those of the gguf package."""
     config = json.loads((folder / "config.json").read_text())
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_uint32("general.file_type", 0)
@@ -32,17 +35,15 @@ def write_gguf(
             writer.add_string(key, value)
         else:
             writer.add_array(key, value)
-    family = "gemma3" if architecture == "gemma3" else "llama"
-    theirs = block_names(family)
     with safe_open(folder / "model.safetensors", "pt") as file:
-        for name in sorted(file.keys()):
-            tensor = _converted(name, file.get_tensor(name).float(), architecture, config)
-            kind = "F32"
-            if tensor.dim() > 1:
-                kind = table_type if "embed" in name or "lm_head" in name else matrix_type
-            quantization = gguf.GGMLQuantizationType[kind]
-            stored = gguf.quantize(tensor.contiguous().numpy(), quantization)
-            writer.add_tensor(_gguf_name(name, theirs), stored, raw_dtype=quantization)
+        tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118 - no mapping
+    for name, tensor in sorted(_converted(tensors, architecture, config).items()):
+        kind = "F32"
+        if tensor.dim() > 1 and "ffn_gate_inp" not in name:
+            kind = table_type if name in ("token_embd.weight", "output.weight") else matrix_type
+        quantization = gguf.GGMLQuantizationType[kind]
+        stored = gguf.quantize(tensor.contiguous().numpy(), quantization)
+        writer.add_tensor(name, stored, raw_dtype=quantization)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -50,46 +51,108 @@ def write_gguf(
     return path
 
 
+INTEGERS = {
+    "block_count": ("num_hidden_layers", "n_layer"),
+    "context_length": ("max_position_embeddings", "seq_length"),
+    "embedding_length": ("hidden_size",),
+    "feed_forward_length": ("ffn_hidden_size", "intermediate_size"),
+    "attention.head_count": ("num_attention_heads", "n_head"),
+    "attention.key_length": ("head_dim",),
+    "attention.sliding_window": ("sliding_window",),
+    "expert_count": ("num_local_experts", "num_experts"),
+    "expert_used_count": ("num_experts_per_tok",),
+    "expert_feed_forward_length": ("moe_intermediate_size",),
+    "expert_shared_feed_forward_length": ("shared_expert_intermediate_size",),
+    "rope.scaling.original_context_length": ("original_max_position_embeddings",),
+}
+FLOATS = {
+    "attention.layer_norm_rms_epsilon": ("rms_norm_eps",),
+    "attention.layer_norm_epsilon": ("layer_norm_epsilon", "layer_norm_eps", "norm_epsilon"),
+    "attn_logit_softcapping": ("attn_logit_softcapping",),
+    "final_logit_softcapping": ("final_logit_softcapping",),
+    "attention.scale": ("attention_multiplier",),
+    "embedding_scale": ("embedding_multiplier",),
+    "residual_scale": ("residual_multiplier",),
+    "logit_scale": ("logits_scaling",),
+}
+
+
 def _write_config(writer, architecture, config):
-    keys = {
-        "block_count": "num_hidden_layers",
-        "context_length": "max_position_embeddings",
-        "embedding_length": "hidden_size",
-        "feed_forward_length": "intermediate_size",
-        "attention.head_count": "num_attention_heads",
-        "attention.head_count_kv": "num_key_value_heads",
-        "attention.key_length": "head_dim",
-        "attention.sliding_window": "sliding_window",
-    }
-    for key, name in keys.items():
-        if config.get(name) is not None:
-            writer.add_uint32(f"{architecture}.{key}", config[name])
-    writer.add_float32(f"{architecture}.attention.layer_norm_rms_epsilon", config["rms_norm_eps"])
-    rope = config.get("rope_parameters", {})
-    writer.add_float32(f"{architecture}.rope.freq_base", rope.get("full_attention", rope)["rope_theta"])
+    def first(names):
+        return next((config[name] for name in names if config.get(name) is not None), None)
+
+    for key, names in INTEGERS.items():
+        if (value := first(names)) is not None:
+            writer.add_uint32(f"{architecture}.{key}", value)
+    for key, names in FLOATS.items():
+        if (value := first(names)) is not None:
+            writer.add_float32(f"{architecture}.{key}", value)
+    heads = first(INTEGERS["attention.head_count"])
+    writer.add_uint32(f"{architecture}.attention.head_count_kv", _kv_heads(architecture, config) or heads)
+    if "use_parallel_residual" in config:
+        writer.add_bool(f"{architecture}.use_parallel_residual", config["use_parallel_residual"])
+    rope = config.get("rope_parameters") or {}
+    rope = rope.get("full_attention", rope)
+    if "rope_theta" in rope:
+        writer.add_float32(f"{architecture}.rope.freq_base", rope["rope_theta"])
+    share = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+    width = config.get("head_dim") or config["hidden_size"] // heads
+    writer.add_uint32(f"{architecture}.rope.dimension_count", int(width * (share or 1)))
 
 
-def _converted(name, tensor, architecture, config):
-    if architecture == "gemma3" and name.endswith("norm.weight"):
+def _kv_heads(architecture, config):
+    if architecture == "falcon":
+        return config["num_kv_heads"] if config["new_decoder_architecture"] else 1 if config["multi_query"] else None
+    return None if architecture in ("gptneox", "bloom") else config.get("num_key_value_heads")
+
+
+def _converted(tensors, architecture, config):
+    """Stored tensors by GGUF's names."""
+    known = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items() if name != "rwkv6"}
+    arch = known.get(architecture, gguf.MODEL_ARCH.LLAMA)
+    names = gguf.get_tensor_name_map(arch, 8)
+    found = {}
+    for name, tensor in _stacked(tensors).items():
+        name = name.removeprefix("transformer.") if architecture == "bloom" else name
+        spelled = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert spelled is not None, f"the gguf package knows no name for {name}"
+        found[spelled] = _moved(name, tensor, architecture, config)
+    rope = config.get("rope_parameters") or {}
+    for length in ("long", "short"):
+        if f"{length}_factor" in rope:
+            found[f"rope_factors_{length}.weight"] = torch.tensor(rope[f"{length}_factor"])
+    return found
+
+
+def _stacked(tensors):
+    """The experts of a block as one tensor each."""
+    found, planes = {}, {}
+    for name, tensor in tensors.items():
+        head, expert, rest = name.partition(".experts.")
+        number, _, part = rest.partition(".")
+        if expert:
+            planes.setdefault(f"{head}.experts.{part}", {})[int(number)] = tensor
+        else:
+            found[name] = tensor
+    return found | {name: torch.stack([each[n] for n in sorted(each)]) for name, each in planes.items()}
+
+
+def _moved(name, tensor, architecture, config):
+    if architecture.startswith("gemma") and name.endswith("norm.weight"):
         return tensor + 1
-    if architecture == "llama" and ("q_proj" in name or "k_proj" in name):
+    if architecture in PAIRED and ("q_proj" in name or "k_proj" in name):
         heads = config["num_attention_heads" if "q_proj" in name else "num_key_value_heads"]
         halves = tensor.reshape(heads, 2, tensor.shape[0] // heads // 2, *tensor.shape[1:])
         return halves.swapaxes(1, 2).reshape(tensor.shape)
+    if "query_key_value" in name:
+        heads = config.get("num_attention_heads") or config["n_head"]
+        kv_heads = _kv_heads(architecture, config) or heads
+        groups = tensor.reshape(kv_heads, heads // kv_heads + 2, -1, *tensor.shape[1:])
+        parts = (groups[:, :-2], groups[:, -2], groups[:, -1])
+        return torch.cat([part.reshape(-1, *tensor.shape[1:]) for part in parts])
+    if name.endswith("shared_expert_gate.weight"):
+        return tensor[0]
     return tensor
-
-
-def _gguf_name(name, theirs):
-    fixed = {
-        "model.embed_tokens.weight": "token_embd.weight",
-        "model.norm.weight": "output_norm.weight",
-        "lm_head.weight": "output.weight",
-    }
-    if name in fixed:
-        return fixed[name]
-    _, _, index, rest = name.split(".", 3)
-    stem, _, suffix = rest.rpartition(".")
-    return f"blk.{index}.{theirs[stem]}.{suffix}"
 
 
 def spm_vocabulary(words=("hello", "world", "the"), *, gemma=False):

@@ -18,12 +18,33 @@ from swarmnode.protocol.errors import CorruptCheckpoint, ModelNotFound, Unsuppor
 
 torch.set_num_threads(1)
 SMALL = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+GEMMA3_ROPES = {
+    "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
 FAMILIES = {
     "llama": ("llama", {}),
     "llama-biases": ("llama", {"attention_bias": True, "num_key_value_heads": 1}),
     "mistral": ("mistral", {"sliding_window": 16, "head_dim": 32}),
+    "mixtral": ("mixtral", EXPERTS),
+    "granite": (
+        "granite",
+        {
+            "attention_multiplier": 0.125,
+            "embedding_multiplier": 12.0,
+            "residual_multiplier": 0.25,
+            "logits_scaling": 4.0,
+        },
+    ),
+    "smollm3": ("smollm3", {"num_hidden_layers": 4}),
+    "seed_oss": ("seed_oss", {"head_dim": 32}),
     "qwen2": ("qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("qwen3", {"head_dim": 32}),
+    "qwen2_moe": ("qwen2_moe", {**EXPERTS, "shared_expert_intermediate_size": 48}),
+    "qwen3_moe": ("qwen3_moe", {**EXPERTS, "head_dim": 32, "norm_topk_prob": True}),
+    "gemma": ("gemma", {"head_dim": 32}),
+    "gemma2": ("gemma2", {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 16}),
     "gemma3": (
         "gemma3_text",
         {
@@ -31,14 +52,42 @@ FAMILIES = {
             "query_pre_attn_scalar": 32,
             "sliding_window": 16,
             "layer_types": ["sliding_attention"] * 2,
+            "rope_parameters": GEMMA3_ROPES,
+        },
+    ),
+    "phi3": ("phi3", {"sliding_window": 24, "head_dim": 16}),
+    "phi3-longrope": (
+        "phi3",
+        {
+            "sliding_window": None,
+            "original_max_position_embeddings": 32,
             "rope_parameters": {
-                "full_attention": {"rope_type": "default", "rope_theta": 1e6},
-                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+                "rope_type": "longrope",
+                "rope_theta": 10_000.0,
+                "original_max_position_embeddings": 32,
+                "short_factor": [1.0] * 8,
+                "long_factor": [1.0 + 0.5 * pair for pair in range(8)],
             },
         },
     ),
+    "falcon-7b": ("falcon", {}),
+    "falcon-40b": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon-11b": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1}),
+    "neox": ("gpt_neox", {}),
+    "neox-sequential": ("gpt_neox", {"use_parallel_residual": False}),
+    "stablelm": ("stablelm", {"use_qkv_bias": True}),
+    "stablelm-shared-norm": ("stablelm", {"use_parallel_residual": True, "partial_rotary_factor": 0.5}),
+    "starcoder2": ("starcoder2", {"sliding_window": None}),
+    "bloom": ("bloom", {"n_layer": 2, "n_head": 4, "seq_length": 512}),
 }
-ARCHITECTURES = {"gemma3_text": "gemma3", "mistral": "llama"}
+ARCHITECTURES = {
+    "gemma3_text": "gemma3",
+    "mistral": "llama",
+    "mixtral": "llama",
+    "qwen2_moe": "qwen2moe",
+    "qwen3_moe": "qwen3moe",
+    "gpt_neox": "gptneox",
+}
 
 
 @pytest.fixture(scope="module")
@@ -68,14 +117,66 @@ def test_a_file_gives_the_tensors_and_config_of_the_folder_it_was_made_from(fold
     left, right = json.loads(ours.config.to_json()), json.loads(theirs.config.to_json())
     assert left.pop("norm_eps") == pytest.approx(right.pop("norm_eps"))
     assert left == right
-    for index in range(2):
+    for index in range(ours.config.num_blocks):
         stored, expected = ours.block(index, torch.float32), theirs.block(index, torch.float32)
-        assert stored.keys() == expected.keys() == block_shapes(ours.config).keys()
+        assert stored.keys() == expected.keys() == block_shapes(ours.config, index).keys()
         for tensor in stored:
             torch.testing.assert_close(stored[tensor], expected[tensor], rtol=0, atol=3e-7)
     for part, tensor in ours.head(torch.float32).items():
         torch.testing.assert_close(tensor, theirs.head(torch.float32)[part], rtol=0, atol=3e-7)
     assert torch.equal(ours.embedding(torch.bfloat16), theirs.embedding(torch.bfloat16))
+
+
+def test_experts_one_by_one_as_in_the_first_mixtral_files(folders, tmp_path):
+    source = gguf_of(folders, "mixtral", tmp_path)
+    (tmp_path / "apart").mkdir()
+    apart = tmp_path / "apart" / "tiny.gguf"
+    reader, writer = gguf.GGUFReader(source), gguf.GGUFWriter(apart, "llama")
+    for key, value in reader.fields.items():
+        if not key.startswith("GGUF.") and key != "general.architecture":
+            writer.add_key_value(key, value.contents(), value.types[0])
+    for tensor in reader.tensors:
+        head, cube, rest = tensor.name.partition("_exps.")
+        planes = np.array(tensor.data) if cube else [np.array(tensor.data)]
+        for number, plane in enumerate(planes):
+            writer.add_tensor(f"{head}.{number}.{rest}" if cube else tensor.name, np.ascontiguousarray(plane))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    first, second = (open_checkpoint(path, cache_dir=tmp_path / "cache") for path in (source, apart))
+    assert first.config == second.config
+    stored, expected = second.block(1, torch.float32), first.block(1, torch.float32)
+    assert stored.keys() == expected.keys()
+    assert all(torch.equal(stored[name], expected[name]) for name in stored)
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
+def test_quantized_cubes_and_fused_matrices(kind, folders, tmp_path):
+    """Cutting what was dequantized is dequantizing what was cut."""
+    for name in ("mixtral", "phi3", "falcon-40b"):
+        (tmp_path / name).mkdir()
+        plain = FolderCheckpoint(folders(name), "tiny", tmp_path / "cache").block(0, torch.float32)
+        path = gguf_of(folders, name, tmp_path / name, matrix_type=kind)
+        rough = open_checkpoint(path, cache_dir=tmp_path / "cache").block(0, torch.float32)
+        assert rough.keys() == plain.keys()
+        for part in rough:
+            assert (rough[part] - plain[part]).norm() <= (0.01 if kind == "Q8_0" else 0.15) * plain[part].norm()
+
+
+def test_a_run_from_gguf_equals_one_from_the_folder(folders, tmp_path):
+    from swarmnode.kernels.engine import load_embedding, load_head, load_span
+    from swarmnode.kernels.kvcache import KVPool
+    from swarmnode.kernels.span import Piece
+
+    logits = []
+    for source in (folders("bloom"), gguf_of(folders, "bloom", tmp_path)):
+        checkpoint = open_checkpoint(source, cache_dir=tmp_path / "cache")
+        pool = KVPool(1 << 24, checkpoint.config, 0, 2, torch.float32)
+        hidden = load_embedding(checkpoint, dtype=torch.float32)(torch.arange(3, 40))
+        hidden = load_span(checkpoint, 0, 2, dtype=torch.float32).run(hidden, [Piece(pool.open_lane(), 0, 37)])
+        logits.append(load_head(checkpoint, dtype=torch.float32).logits(hidden))
+    assert torch.equal(*logits)
 
 
 def test_opening_again_reads_the_cache_and_gives_the_same_bits(folders, tmp_path):
@@ -178,7 +279,7 @@ def test_unreadable_storage_types_are_named():
 
 def test_unknown_architectures_name_the_supported(folders, tmp_path):
     path = write_gguf(tmp_path / "x.gguf", folders("llama"), "rwkv6")
-    with pytest.raises(UnsupportedModel, match=r"rwkv6.*llama, mistral, qwen2, qwen3, gemma3"):
+    with pytest.raises(UnsupportedModel, match=r"rwkv6.*llama, mistral, .*gemma3.*bloom"):
         open_checkpoint(path, cache_dir=tmp_path / "cache")
 
 
