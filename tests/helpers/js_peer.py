@@ -55,4 +55,9 @@ def install(cache: Path = BUILD) -> Path:
 def js_peer(folder: Path, *arguments: str):
     """Run `node.mjs` with the arguments; killed and reaped at exit."""
     command = ("node", "--import", "./polyfill.mjs", "node.mjs", *arguments)
-    return outside_peer(command, cwd=folder, env={**os.environ, "NODE_NO_WARNINGS": "1"})
+    return outside_peer(command, cwd=folder, env=environment())
+
+
+def environment() -> dict[str, str]:
+    """What the processes run under."""
+    return {**os.environ, "NODE_NO_WARNINGS": "1"}

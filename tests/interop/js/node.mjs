@@ -2,10 +2,11 @@
 //   node --import ./polyfill.mjs node.mjs listen [OPTION…]             a free loopback port: {ready, id, addrs}
 //   node --import ./polyfill.mjs node.mjs dial ADDR [TASK…] [OPTION…]  {connected, encryption, muxer}, then the tasks'
 // Options: --key Ed25519|RSA|secp256k1, --host IP, --hurry MS (keepalives this often, monitor pings every 20th time),
-// --dht server|client.
+// --dht server|client, --autonat 1|2, --circuit (dials through relays), --at ADDR (listens at that relay, too),
+// --relay (is one, without limits).
 // Tasks, with whoever connected last:
 //   connect:ADDR | ping | identify | book | echo:BYTES | streams:COUNT | digest:BYTES | goodbye:BYTES
-//   push:ID | knows:ID | bench
+//   push:ID | knows:ID | bench | verify:ADDR (--autonat: has the peer dial this address of ours)
 // Tasks of its DHT (--dht): table:COUNT (waits for so many) | find:PEER | closest:KEY | put:KEY,VALUE | get:KEY |
 //   provide:MULTIHASH | providers:MULTIHASH; keys and values are hexadecimal
 // Protocols it answers:
@@ -17,6 +18,9 @@ import { createInterface } from 'node:readline'
 import { parseArgs } from 'node:util'
 import { noise } from '@chainsafe/libp2p-noise'
 import { yamux } from '@chainsafe/libp2p-yamux'
+import { autoNAT } from '@libp2p/autonat'
+import { autoNATv2 } from '@libp2p/autonat-v2'
+import { circuitRelayServer, circuitRelayTransport } from '@libp2p/circuit-relay-v2'
 import { generateKeyPair } from '@libp2p/crypto/keys'
 import { identify, identifyPush } from '@libp2p/identify'
 import { kadDHT, passthroughMapper } from '@libp2p/kad-dht'
@@ -34,7 +38,7 @@ const DIGEST = '/swarmnode/test-digest/1.0.0'
 const GOODBYE = '/swarmnode/test-goodbye/1.0.0'
 const KAD = '/swarmnode/kad/1.0.0'
 const RAW = 0x55
-const MANY = { maxInboundStreams: 1024, maxOutboundStreams: 1024 }
+const MANY = { maxInboundStreams: 1024, maxOutboundStreams: 1024, runOnLimitedConnection: true }
 const MAX_BUFFER = 64 << 20
 const HEADER = 5
 const say = value => console.log(JSON.stringify(value))
@@ -45,7 +49,11 @@ const { values: options, positionals: [mode, target, ...tasks] } = parseArgs({
     key: { type: 'string', default: 'Ed25519' },
     host: { type: 'string', default: '127.0.0.1' },
     hurry: { type: 'string' },
-    dht: { type: 'string' }
+    dht: { type: 'string' },
+    autonat: { type: 'string' },
+    circuit: { type: 'boolean' },
+    at: { type: 'string' },
+    relay: { type: 'boolean' }
   }
 })
 const hurry = options.hurry && Number(options.hurry)
@@ -58,10 +66,14 @@ if (options.dht) {
     initialQuerySelfInterval: 50
   })
 }
+if (options.autonat) services.autonat = options.autonat === '1' ? autoNAT() : autoNATv2()
+if (options.relay) services.relay = circuitRelayServer({ reservations: { applyDefaultLimit: false } })
+const listen = mode === 'listen' ? [`/ip${options.host.includes(':') ? 6 : 4}/${options.host}/tcp/0`] : []
+if (options.at) listen.push(`${options.at}/p2p-circuit`)
 const node = await createLibp2p({
   privateKey: await generateKeyPair(options.key, 2048),
-  addresses: { listen: mode === 'listen' ? [`/ip${options.host.includes(':') ? 6 : 4}/${options.host}/tcp/0`] : [] },
-  transports: [tcp()],
+  addresses: { listen },
+  transports: options.circuit || options.at ? [tcp(), circuitRelayTransport()] : [tcp()],
   connectionEncrypters: [noise()],
   streamMuxers: [yamux(hurry ? { keepAliveInterval: hurry } : {})],
   services,
@@ -274,6 +286,26 @@ async function performInDht (what, argument) {
   }
 }
 
+// as its own topology does after identify, but for one address and now
+async function verify (address) {
+  const target = multiaddr(address)
+  const [connection] = node.getConnections(peer)
+  const service = node.services.autonat
+  const client = service.client ?? service
+  const found = { multiaddr: target, success: 0, failure: 0, networkSegments: [], verifyingPeers: new Set(), type: 'observed' }
+  client.dialResults.clear()
+  client.dialResults.set(target.toString(), found)
+  const signal = AbortSignal.timeout(30_000)
+  if (client === service) {
+    await client.askPeerToVerify(connection, 'anywhere', { signal, multiaddr: target })
+    return { success: found.success, failure: found.failure }
+  }
+  const nonce = randomBytes(8).readBigUInt64LE()
+  client.nonces.add(nonce)
+  await client.askPeerToVerify(connection, 'anywhere', nonce, { signal }).catch(() => {}) // it waits for more responses
+  return { success: found.success, failure: found.failure, came: !client.nonces.has(nonce) }
+}
+
 async function perform (task) {
   const [what, argument] = [task.split(':', 1)[0], task.slice(task.indexOf(':') + 1)]
   if (what === 'connect') {
@@ -299,14 +331,18 @@ async function perform (task) {
       await eventually(async () => (await book()).protocols.includes(argument))
       return { knows: argument }
     case 'bench': return await bench()
+    case 'verify': return await verify(argument)
   }
   const done = options.dht && await performInDht(what, argument)
   if (!done) throw new Error(`no such task: ${task}`)
   return done
 }
 
+if (options.at) await eventually(() => node.getMultiaddrs().some(a => a.toString().includes('/p2p-circuit')))
 if (mode === 'listen') {
-  say({ ready: true, id: node.peerId.toString(), addrs: node.getMultiaddrs().map(a => a.toString()) })
+  const told = node.getMultiaddrs() // with AutoNAT only verified ones
+  const addrs = told.length > 0 ? told : node.components.transportManager.getAddrs()
+  say({ ready: true, id: node.peerId.toString(), addrs: addrs.map(a => a.toString()) })
 } else {
   const connection = await node.dial(multiaddr(target))
   say({ connected: true, id: node.peerId.toString(), encryption: connection.encryption, muxer: connection.multiplexer })

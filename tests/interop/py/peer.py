@@ -41,6 +41,7 @@ from multiaddr import Multiaddr
 ECHO = "/swarmnode/test-echo/1.0.0"
 DIGEST = "/swarmnode/test-digest/1.0.0"
 GOODBYE = "/swarmnode/test-goodbye/1.0.0"
+HOP = "/libp2p/circuit/relay/0.2.0/hop"
 HEADER = 5
 KEYS = {
     "Ed25519": ed25519.create_new_key_pair,
@@ -199,6 +200,20 @@ async def ping(host, peer):
     return times
 
 
+async def reserve(host, relay):
+    """Ask a relay for a place with its own client; until when, and whether there is a voucher."""
+    from libp2p.relay.circuit_v2.config import RelayConfig
+    from libp2p.relay.circuit_v2.protocol import CircuitV2Protocol
+    from libp2p.relay.circuit_v2.transport import CircuitV2Transport
+
+    transport = CircuitV2Transport(host, CircuitV2Protocol(host, allow_hop=False), RelayConfig())
+    stream = await host.new_stream(relay, [HOP])
+    ok = await transport._make_reservation(stream, relay)
+    await stream.close()
+    proof = transport._reservation_proofs.get(relay)
+    return {"ok": ok, "expires": transport._reservations.get(relay), "voucher": proof.voucher.hex() if proof else ""}
+
+
 async def bench(host, peer):
     stream = await host.new_stream(peer, [ECHO])
     out = {}
@@ -268,6 +283,8 @@ async def perform(host, task):
         case "knows":
             await knows(host, peer, argument)
             say(knows=argument)
+        case "reserve":
+            say(reserve=await reserve(host, peer))
         case "bench":
             say(**await bench(host, peer))
         case _:
