@@ -10,7 +10,7 @@ from swarmnode.protocol.token_rows import LEAST_LOGPROB, ROW_BYTES, decode, enco
 VOCAB = 1000
 
 
-@given(st.lists(st.builds(Choice, st.integers(0, VOCAB - 1), st.floats(-1e30, 0, width=32)), max_size=20))
+@given(st.lists(st.builds(Choice, st.integers(0, VOCAB - 1), st.floats(-(2.0**99), 0, width=32)), max_size=20))
 def test_choices_come_back(choices):
     payload = encode(choices)
     assert len(payload) == ROW_BYTES * len(choices)
