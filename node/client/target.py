@@ -67,7 +67,8 @@ class Target:
     def _scales(self, payload: bytes, rows: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
         table = np.frombuffer(payload, np.uint8).reshape(rows, -1)
         rest = table.shape[1] - OUTLIERS * 6
-        hidden = next(n for n in range(rest * BLOCK // (BLOCK + 2), rest) if n + 2 * -(-n // BLOCK) == rest)
+        least = rest - 2 * -(-rest // BLOCK)
+        hidden = next(n for n in range(least, rest) if n + 2 * -(-n // BLOCK) == rest)
         return table[:, hidden:rest]
 
 
