@@ -324,16 +324,17 @@ class LaneCache:
         if self.max_length is None:
             self._release(old)
         for block, page in zip(shared, old, strict=True):
-            copy = Page(self._empty(), self)
+            copy = self._page()
             copy.slots[:, :, :torn] = page.slots[:, :, :torn]
             block.pages[(self.length - block.base) // TILE] = copy
         for block, count in zip(self.blocks, missing, strict=True):
-            block.pages.extend(Page(self._empty(), self) for _ in range(count))
+            block.pages.extend(self._page() for _ in range(count))
 
-    def _empty(self) -> torch.Tensor:
+    def _page(self) -> Page:
         config, pool = self._pool.config, self._pool
         width = slot_width(config.head_dim, pool.dtype)
-        return torch.zeros(2, config.num_kv_heads, TILE, width, dtype=pool.dtype, device=pool.device)
+        slots = torch.zeros(2, config.num_kv_heads, TILE, width, dtype=pool.dtype, device=pool.device)
+        return Page(slots, config.head_dim, self)
 
     def _take(self, pages: int, cached: int = 0) -> None:
         wanted = pages * self._pool.page_bytes

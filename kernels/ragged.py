@@ -19,7 +19,7 @@ from .attention import LOWEST, MASKED, TILE, QueryBlock, attend, attend_fused, f
 from .kvcache import BlockCache
 from .linear import ROWS
 from .models.config import ModelConfig
-from .pages import pack
+from .pages import groups, pack, scale_
 from .scores import ScoreForm
 
 GATHER_VALUES: Final = 1 << 18
@@ -169,7 +169,8 @@ class Bucket:
         count = len(members)
         self._buffer = torch.empty(count, self._kv_heads, TILE, self._width, device=device)
         self._gathered = self._buffer.unbind(0)
-        self._scales = torch.empty(count, self._kv_heads, TILE, 1, device=device)  # of pages in 8 bits
+        scales = count, self._kv_heads, TILE, groups(self._width)
+        self._scales = torch.empty(scales, dtype=torch.bfloat16, device=device)  # of pages in 8 bits
         self._queries = torch.zeros(count, self._kv_heads, self._padded, self._width, device=device)
         # Zeros, since what no session writes must stay finite.
         self._scores = torch.zeros(counts[0], count * self._kv_heads, self._padded, TILE, device=device)
@@ -231,7 +232,7 @@ class Bucket:
                 scales = page.value_scales if values else page.key_scales
                 if scales is not None:
                     target.copy_(scales)
-            gathered.mul_(self._scales.narrow(0, 0, have))
+            scale_(gathered, self._scales.narrow(0, 0, have))
         return gathered.view(-1, TILE, self._width)
 
     def _soften(self, form: ScoreForm | None) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """What quantization and wire codecs cost in quality: perplexity of the real Gemma 3 270M on a public-domain text.
 
-    python tests/bench/quality.py [--tokens N] [--threads N] [--part wire|blocks|all] [--json]
+    python tests/bench/quality.py [--tokens N] [--threads N] [--part wire|blocks|kv|all] [--json]
 
 The text is tests/data/devils-dictionary.txt, one window from its start, each token predicted from all before it.
 transformers runs on the same dequantized weights, so its fp32 row is the reference for KL and top-1 agreement. "exact
@@ -23,7 +23,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))  # tests/helpers
 
 from helpers.gemma import transformers_gemma
-from swarmnode.kernels.engine import load_embedding, load_head, load_span
+from swarmnode.kernels.engine import DTYPES, load_embedding, load_head, load_span
 from swarmnode.kernels.head import Head
 from swarmnode.kernels.kvcache import KVPool
 from swarmnode.kernels.loading.checkpoint import Checkpoint, open_checkpoint
@@ -79,11 +79,17 @@ class Scores:
         return Row(name, perplexity, perplexity / base - 1, divergence / count, agreement / count)
 
 
-def ours(checkpoint: Checkpoint, span: Span, ids: torch.Tensor, codec: Codec | None = None) -> torch.Tensor:
-    """Hidden states after the last block, in prefills of CHUNK rows."""
+def ours(
+    checkpoint: Checkpoint,
+    span: Span,
+    ids: torch.Tensor,
+    codec: Codec | None = None,
+    kv: torch.dtype | None = None,
+) -> torch.Tensor:
+    """Hidden states after the last block, in prefills of CHUNK rows; keys and values stored in `kv`."""
     config = checkpoint.config
     embedded = load_embedding(checkpoint, dtype=span.dtype)(ids)
-    lane = KVPool(1 << 31, config, 0, config.num_blocks, span.dtype).open_lane()
+    lane = KVPool(1 << 31, config, 0, config.num_blocks, kv or span.dtype).open_lane()
     cuts, wire = (CUTS, codec) if codec is not None else (frozenset(), Codec.BF16)
     parts = []
     for first in range(0, len(ids), CHUNK):
@@ -111,6 +117,8 @@ def measure(checkpoint: Checkpoint, ids: torch.Tensor, part: str) -> Iterator[Ro
         yield from wire_rows(checkpoint, ids, scores)
     if part in ("blocks", "all"):
         yield from block_rows(checkpoint, ids, scores, small_head)
+    if part in ("kv", "all"):
+        yield from kv_rows(checkpoint, ids, scores)
 
 
 def wire_rows(checkpoint: Checkpoint, ids: torch.Tensor, scores: Scores) -> Iterator[Row]:
@@ -130,11 +138,18 @@ def block_rows(checkpoint: Checkpoint, ids: torch.Tensor, scores: Scores, small_
             yield scores.row(f"{quant}, bf16, 8-bit head", hidden, small_head)
 
 
+def kv_rows(checkpoint: Checkpoint, ids: torch.Tensor, scores: Scores) -> Iterator[Row]:
+    for name, dtype in DTYPES.items():
+        span = load_span(checkpoint, 0, checkpoint.config.num_blocks, dtype=dtype)
+        for kv, stored in ((name, dtype), ("int8", torch.int8)):
+            yield scores.row(f"none, {name}, exact head, keys and values {kv}", ours(checkpoint, span, ids, kv=stored))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=2_400)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--part", choices=("wire", "blocks", "all"), default="all")
+    parser.add_argument("--part", choices=("wire", "blocks", "kv", "all"), default="all")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
