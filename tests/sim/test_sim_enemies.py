@@ -3,7 +3,7 @@
 import dataclasses
 
 import pytest
-from sim.network import Network
+from sim.network import Network, key_of
 from sim.population import acquaint, grow, nearest
 from sim.scenarios import eclipse, siege
 from sim.villains import STRATEGIES, Gang
@@ -12,6 +12,7 @@ from swarmnode.protocol.kad import LeasedEntry, Message, MessageType
 from swarmnode.protocol.multiaddr import Multiaddr
 from swarmnode.protocol.records import MAX_PAYLOAD_BYTES, MAX_TTL_S, sign_entry
 from swarmnode.routing.keys import models_key, position
+from swarmnode.routing.store import StoreLimits
 from swarmnode.routing.table import BUCKET_SUBNET_LIMIT, TABLE_SUBNET_LIMIT
 
 KEY = models_key("test")
@@ -99,6 +100,27 @@ def test_poison_at_ten_honest_nodes():
             node.dht.questions._liars.succeeded(mallory.peer)  # let it try everything
             assert not node.dht.store.live(KEY, network.now), name
     assert accepted == 0
+
+
+def test_a_list_flooded_from_one_network_still_names_every_honest_server():
+    """Five times more invented servers than a holder keeps under a key, put to everybody again and again."""
+    network = Network(7)
+    nodes = grow(network, 14, limits=StoreLimits(entries_per_key=16))
+    servers = nodes[:8]
+    for node in servers:
+        network.publish(node, KEY)
+    mallory = network.add(nodes[0], subnet=(198, 51, 100))
+    for wave in range(2):
+        now_ms = int(mallory.wall * 1000)
+        for number in range(80):
+            lie = sign_entry(key_of(f"nobody {number}"), KEY, b"lie", seq=now_ms, issued_ms=now_ms, ttl_s=MAX_TTL_S)
+            message = Message(type=MessageType.PUT_ENTRIES, key=KEY, entries=(LeasedEntry(lie, MAX_TTL_S),))
+            for node in nodes:
+                node.dht.handle(mallory.peer, mallory.addr, message, network.now, node.wall)
+        network.run(45)  # the servers announce themselves anew into full shelves
+        found, _ = network.read(nodes[-1 - wave], KEY)
+        assert {node.peer for node in servers} <= {entry.subkey for entry in found.entries}
+        assert all(len(node.dht.store.live(KEY, network.now)) <= 16 for node in nodes)
 
 
 def test_oversized_entries_do_not_pass_the_parser():
