@@ -215,8 +215,10 @@ async def test_one_swarm_of_both(swarm):
             if node is other:
                 continue
             if node in ours:
-                found = await node.find_peer(peer(other))
-                assert found is not None, f"{nodes.index(node)} does not find {nodes.index(other)}"
+                tries = [await node.find_peer(peer(other))]
+                while tries[-1] is None and len(tries) < 5:  # on a busy machine a process may answer too late
+                    tries.append(await node.find_peer(peer(other)))
+                assert tries[-1] is not None, f"{nodes.index(node)} does not find {nodes.index(other)}"
             else:
                 assert (await node.do(f"find:{peer(other)}"))["find"]["id"] == str(peer(other))
     await ours[0].provide(THING)
