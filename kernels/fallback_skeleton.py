@@ -16,6 +16,7 @@ import inspect
 import json
 import re
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -85,6 +86,7 @@ class Skeleton:
         self.hidden_size = int(self.config.hidden_size)
         self._arguments = set(inspect.signature(self.base.forward).parameters)
         self._flow = Flow()
+        self._running = threading.Lock()
         for index, layer in enumerate(self.layers):
             layer.forward = partial(self._step, index, layer.forward)
         self.tuples, self.cached = self._probe()
@@ -162,14 +164,15 @@ class Skeleton:
     def _call(
         self, model: Any, given: dict[str, Any], rows: torch.Tensor, position: int, cache: Any, flow: Flow
     ) -> Any:
-        self._flow = flow
         given["use_cache"] = cache is not None
         if cache is not None:
             given["past_key_values"] = cache
         if "position_ids" in self._arguments:
             end = position + rows.shape[0]
             given["position_ids"] = torch.arange(position, end, device=rows.device).unsqueeze(0)
-        return model(**given)
+        with self._running:  # a client's generations share one head
+            self._flow = flow
+            return model(**given)
 
     def _probe(self) -> tuple[bool, tuple[int, int]]:
         """The form of layers' results, and the most heads and the widest head that any layer caches."""

@@ -26,7 +26,7 @@ def bench(config: NodeConfig, model: str, quants: Sequence[str] | None, threads:
     limits = measured.machine_limits()
     if not console.as_json:
         _show_limits(limits, console)
-    chosen = quants or _installed()
+    chosen = quants or (_installed() if checkpoint.config.foreign is None else ("none",))
     figures = list(measured.block_figures(checkpoint, chosen, limits))
     head_s, head_bytes = measured.head_seconds(checkpoint)
     if console.as_json:

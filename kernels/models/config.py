@@ -192,8 +192,8 @@ class ModelConfig:
             raise CorruptCheckpoint(f"rotary embedding of {self.rotated} values: it needs pairs")
         if self.rope.factors and len(self.rope.factors) * 2 != self.rotated:
             raise CorruptCheckpoint(f"{len(self.rope.factors)} rope factors for {self.rotated} rotated values")
-        if len(self.unrotated_blocks) > self.num_blocks:
-            raise CorruptCheckpoint(f"{len(self.unrotated_blocks)} unrotated blocks of {self.num_blocks}")
+        if len(self.unrotated_blocks) > MAX_BLOCKS:
+            raise CorruptCheckpoint(f"{len(self.unrotated_blocks)} unrotated blocks: at most {MAX_BLOCKS} are allowed")
         if self.residual != "sequential" and (self.post_norms or self.residual_scale != 1.0):
             raise UnsupportedModel("norms or scales after attention in a parallel block are not supported")
         if self.norm == "layer" and (self.norm_offset or self.qk_norm):

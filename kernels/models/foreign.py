@@ -28,6 +28,8 @@ DROPPED: Final = frozenset(
     ]
 )
 """Keys of config.json that do not describe the architecture; so are those with a leading underscore."""
+MAX_SETTINGS: Final = 48 * 1024
+"""Of such a config.json: it travels in a manifest, which has room for 64 KiB of config."""
 _NO_LIMIT: Final = 32_768
 """Longest context of a model that names none."""
 
@@ -39,7 +41,12 @@ def settings_of(values: Mapping[str, Any]) -> str:
             f"model family {values.get('model_type')!r} is more than text: give a text-only checkpoint"
         )
     kept = {key: value for key, value in values.items() if key not in DROPPED and not key.startswith("_")}
-    return json.dumps(kept, sort_keys=True, separators=(",", ":"))
+    settings = json.dumps(kept, sort_keys=True, separators=(",", ":"))
+    if len(settings) > MAX_SETTINGS:
+        raise UnsupportedModel(
+            f"config.json has {len(settings)} characters of settings: at most {MAX_SETTINGS} are allowed"
+        )
+    return settings
 
 
 def read_foreign(settings: str, skeleton: Skeleton, block_weights: int) -> ModelConfig:

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 from swarmnode.kernels.models.bounds import MAX_BLOCKS, MAX_EOS, MAX_EXPERTS, MAX_JSON_BYTES
 from swarmnode.kernels.models.canonical import LATER
-from swarmnode.kernels.models.config import ExpertsConfig, ModelConfig
+from swarmnode.kernels.models.config import ExpertsConfig, ForeignConfig, ModelConfig
+from swarmnode.kernels.probe import probe_configs
 from swarmnode.protocol.errors import CorruptCheckpoint, UnsupportedModel
 
 LLAMA = {
@@ -255,3 +256,35 @@ def test_what_a_later_version_added_is_written_only_where_it_applies():
 def test_variants_that_we_would_compute_wrongly_are_named(change, words):
     with pytest.raises(UnsupportedModel, match=words):
         ModelConfig.from_hf({**LLAMA, **change})
+
+
+def test_smollm3_knows_no_positions_in_every_fourth_block():
+    config = ModelConfig.from_hf({**LLAMA, "model_type": "smollm3", "num_hidden_layers": 36})
+    assert config.unrotated_blocks == tuple(range(3, 36, 4))
+    assert ModelConfig.from_json(config.to_json()) == config
+    assert probe_configs(config)  # made of single blocks
+    with pytest.raises(CorruptCheckpoint, match="lists 3 of 2 blocks"):
+        ModelConfig.from_hf({**LLAMA, "model_type": "smollm3", "no_rope_layers": [1, 0, 1]})
+    with pytest.raises(CorruptCheckpoint, match="unrotated blocks: at most 1024"):
+        replace(config, unrotated_blocks=(0,) * (MAX_BLOCKS + 1))
+
+
+def test_granite_has_four_scales():
+    scales = {"attention_multiplier": 0.1, "embedding_multiplier": 12, "residual_multiplier": 0.2, "logits_scaling": 8}
+    config = ModelConfig.from_hf({**LLAMA, "model_type": "granite", **scales})
+    assert (config.query_scale, config.embed_scale, config.residual_scale, config.logit_scale) == (0.1, 12, 0.2, 0.125)
+    with pytest.raises(CorruptCheckpoint, match="logits_scaling"):
+        ModelConfig.from_hf({**LLAMA, "model_type": "granite", "logits_scaling": 0})
+
+
+def test_only_a_foreign_model_has_foreign_settings():
+    config = ModelConfig.from_hf(LLAMA)
+    foreign = ForeignConfig(settings="{}", block_weights=5)
+    known = replace(config, family="hf", foreign=foreign)
+    assert ModelConfig.from_json(known.to_json()) == known
+    assert known.block_parameters() == 5
+    for wrong in ({"family": "hf"}, {"foreign": foreign}):
+        with pytest.raises(CorruptCheckpoint, match="has the settings of transformers"):
+            replace(config, **wrong)
+    with pytest.raises(CorruptCheckpoint, match="block_weights"):
+        ForeignConfig(settings="{}", block_weights=0)

@@ -209,6 +209,38 @@ def test_a_model_with_more_than_text():
         settings_of({"model_type": "llava", "text_config": {}})
 
 
+def test_a_config_too_long_for_a_manifest():
+    with pytest.raises(UnsupportedModel, match="at most 49152"):
+        settings_of({"model_type": "opt", "label": "x" * 49152})
+
+
+def test_one_thread_at_a_time_runs_a_head(folder, monkeypatch):
+    """A client's generations score on threads of their own; where layers are stopped is known for one pass only."""
+    head = load_head(opened(folder), dtype=torch.float32)
+    positions, taken = head._skeleton.base.wpe, []
+    forward = positions.forward
+
+    def entered(*args):
+        taken.append(head._skeleton._running.acquire(blocking=False))
+        return forward(*args)
+
+    monkeypatch.setattr(positions, "forward", entered)
+    head.logits(torch.randn(2, 64))
+    head.logits(torch.randn(2, 64))
+    assert taken == [False, False]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
+def test_narrower_caches(dtype, folder):
+    checkpoint = opened(folder)
+    span, rows = load_span(checkpoint, 0, 3, dtype=torch.float32), torch.randn(40, 64)
+    found = []
+    for kept in (torch.float32, dtype):
+        lane = KVPool(1 << 24, checkpoint.config, 0, 3, kept).open_lane()
+        found.append(torch.cat([span.run(rows[:30], [Piece(lane, 0, 30)]), span.run(rows[30:], [Piece(lane, 30, 10)])]))
+    assert 0 < (found[1] - found[0]).norm() < 0.02 * found[0].norm()
+
+
 def test_without_the_extra_the_command_is_named(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ConfigError, match=r"'gpt2' is not supported.*pip install 'swarmnode-p2p\[hf\]'"):
