@@ -23,10 +23,11 @@ def test_classes_differ_by_what_decides_bits(monkeypatch):
         measure.compute_class("int8", torch.float32),
         measure.compute_class("nf4", torch.bfloat16),
         measure.compute_class("llm-int8", torch.bfloat16),
+        measure.compute_class("none", torch.float32, kv="int8"),
     ]
     monkeypatch.setattr(measure, "KERNEL_REVISION", 999)
     others.append(measure.compute_class("none", torch.float32))
-    assert len({fp32, *others}) == 6
+    assert len({fp32, *others}) == 7
     assert all(len(found) == measure.CLASS_BYTES for found in (fp32, *others))
 
 
