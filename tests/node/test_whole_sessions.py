@@ -67,7 +67,7 @@ async def serve(internet, checkpoint, *spans):
 async def write(model, clock, pieces=None):
     """The ids of a text and the time of each; `pieces` collects them while they come."""
     pieces = [] if pieces is None else pieces
-    async for piece in model.generate(PROMPT, max_new_tokens=TOKENS, wire="fp32"):
+    async for piece in model.generate(PROMPT, max_new_tokens=TOKENS, wire="fp32", speculate="off"):
         pieces.append((clock.now(), piece.token_id))
     return [token for _, token in pieces], [later - sooner for (sooner, _), (later, _) in itertools.pairwise(pieces)]
 
