@@ -162,8 +162,7 @@ class Answering:
             async with asyncio.timeout(DIAL_S):
                 stream = await self._host.open_on(wire, DIAL_BACK)
                 await stream.write(protobuf.delimited(encode_dial_back(nonce)))
-                await stream.close_write()
-                await stream.read(1)
+                await stream.read(1)  # our end stays open: js-libp2p cannot answer on a stream that we have ended
         except (OSError, SwarmError) as exc:
             logger.debug("dialed %s at %s, but could not hand over the nonce: %s", peer.short, address, exc)
             return DialStatus.DIAL_BACK_ERROR

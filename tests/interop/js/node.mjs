@@ -6,7 +6,8 @@
 // --relay (is one, without limits).
 // Tasks, with whoever connected last:
 //   connect:ADDR | ping | identify | book | echo:BYTES | streams:COUNT | digest:BYTES | goodbye:BYTES
-//   push:ID | knows:ID | bench | verify:ADDR (--autonat: has the peer dial this address of ours)
+//   push:ID | knows:ID | bench
+// Tasks of its AutoNAT (--autonat): reachable:ADDR (waits until peers have verified it) | verify:ADDR (has the peer dial it)
 // Tasks of its DHT (--dht): table:COUNT (waits for so many) | find:PEER | closest:KEY | put:KEY,VALUE | get:KEY |
 //   provide:MULTIHASH | providers:MULTIHASH; keys and values are hexadecimal
 // Protocols it answers:
@@ -300,7 +301,7 @@ async function verify (address) {
     await client.askPeerToVerify(connection, 'anywhere', { signal, multiaddr: target })
     return { success: found.success, failure: found.failure }
   }
-  const nonce = randomBytes(8).readBigUInt64LE()
+  const nonce = BigInt(randomBytes(6).readUIntLE(0, 6)) // as its own: it takes larger ones for others
   client.nonces.add(nonce)
   await client.askPeerToVerify(connection, 'anywhere', nonce, { signal }).catch(() => {}) // it waits for more responses
   return { success: found.success, failure: found.failure, came: !client.nonces.has(nonce) }
@@ -332,6 +333,9 @@ async function perform (task) {
       return { knows: argument }
     case 'bench': return await bench()
     case 'verify': return await verify(argument)
+    case 'reachable':
+      await eventually(() => node.getMultiaddrs().some(a => a.toString().startsWith(argument)))
+      return { reachable: argument }
   }
   const done = options.dht && await performInDht(what, argument)
   if (!done) throw new Error(`no such task: ${task}`)
