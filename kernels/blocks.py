@@ -21,6 +21,7 @@ from .parts import MakeLinear, Parts, Tensors
 from .ragged import Attention
 from .rope import rotate_
 from .scores import make_form
+from .scratch import Scratch
 
 
 class Block:
@@ -32,9 +33,6 @@ class Block:
         parts = Parts(config, tensors, make, device)
         self.window = config.window(index)
         self.rope = config.rope_of(index)
-        self._heads = config.num_heads
-        self._kv_heads = config.num_kv_heads
-        self._head_dim = config.head_dim
         self._rotated = config.rotated > 0 and index not in config.unrotated_blocks
         self._norm = parts.norm("input_layernorm")
         self._qkv = parts.qkv()
@@ -65,20 +63,21 @@ class Block:
         rotations: torch.Tensor,
         attention: Attention,
         caches: Sequence[BlockCache],
+        scratch: Scratch,
     ) -> torch.Tensor:
         """[rows, hidden] -> [rows, hidden], same dtype; every piece's keys and values go into its cache."""
         residual, count = hidden.float(), attention.rows
         rows = self._norm(residual)
-        mixed = self._attention(rows, rotations, attention, caches)
+        mixed = self._attention(rows, rotations, attention, caches, scratch)
         if self._side_by_side:
             rows = rows if self._mlp_norm is None else self._mlp_norm(residual)
-            return self._mlp(rows, count).add_(mixed).add_(residual).to(hidden.dtype)
+            return self._mlp(rows, count, scratch).add_(mixed).add_(residual).to(hidden.dtype)
         if self._after_attention is not None:
             mixed = self._after_attention(mixed)
         if self._added is not None:
             mixed.mul_(self._added)
         residual = mixed.add_(residual)
-        inner = self._mlp(residual if self._mlp_norm is None else self._mlp_norm(residual), count)
+        inner = self._mlp(residual if self._mlp_norm is None else self._mlp_norm(residual), count, scratch)
         if self._after_mlp is not None:
             inner = self._after_mlp(inner)
         if self._added is not None:
@@ -91,21 +90,16 @@ class Block:
         rotations: torch.Tensor,
         attention: Attention,
         caches: Sequence[BlockCache],
+        scratch: Scratch,
     ) -> torch.Tensor:
-        count, heads, kv_heads, width = rows.shape[0], self._heads, self._kv_heads, self._head_dim
-        qkv = self._qkv(rows).view(count, heads + 2 * kv_heads, width)
-        rotated = qkv.narrow(1, 0, heads + kv_heads)
+        self._qkv(rows, scratch.qkv)
         if self._qk_norm is not None:
-            self._qk_norm.apply_(rotated)
+            self._qk_norm.apply_(scratch.rotated)
         if self._rotated:
-            rotate_(rotated, rotations)
-        queries = qkv.narrow(1, 0, heads)
+            rotate_(scratch.pairs, rotations)
         if self._scale is not None:
-            queries.mul_(self._scale)
-        fresh = (
-            qkv.narrow(1, heads, 2 * kv_heads).view(count, 2, kv_heads, width).permute(1, 2, 0, 3)
-        )  # [2, kv_heads, rows, d]
-        return self._output(attention.run(queries, fresh, caches, self._form, fused=self._fused))
+            scratch.queries.mul_(self._scale)
+        return self._output(attention.run(scratch.queries, scratch.fresh, caches, self._form, fused=self._fused))
 
 
 def _mlp_norm(config: ModelConfig, parts: Parts) -> Norm | None:

@@ -15,6 +15,7 @@ from .linear import Linear, make_linear, pad_rows
 from .mlp import GatedMlp
 from .models.config import ExpertsConfig
 from .parts import Parts
+from .scratch import Scratch
 from .weight import Weight
 
 
@@ -35,7 +36,7 @@ class Experts:
         found = [self._router.linear, *(linear for expert in self._experts for linear in expert.linears)]
         return (*found, *(self._shared.linears if self._shared is not None else ()))
 
-    def __call__(self, rows: torch.Tensor, count: int) -> torch.Tensor:
+    def __call__(self, rows: torch.Tensor, count: int, scratch: Scratch | None = None) -> torch.Tensor:
         chosen, weights = self._router(rows, count)  # [count, active] each
         out = torch.zeros_like(rows)
         for index in torch.unique(chosen).tolist():
@@ -66,8 +67,9 @@ class _Padded:
     def size_bytes(self) -> int:
         return self._linear.size_bytes
 
-    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        return self._linear(pad_rows(rows))[: rows.shape[0]]
+    def __call__(self, rows: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        found = self._linear(pad_rows(rows))[: rows.shape[0]]
+        return found if out is None else out.copy_(found)
 
 
 class _Router:

@@ -39,8 +39,8 @@ class Linear(Protocol):
     def size_bytes(self) -> int:
         """Memory the weights hold."""
 
-    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        """fp32 [rows, in] -> fp32 [rows, out], a tensor of its own."""
+    def __call__(self, rows: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """fp32 [rows, in] -> fp32 [rows, out]: `out`, or a tensor of its own."""
 
 
 class PlainLinear:
@@ -57,8 +57,11 @@ class PlainLinear:
     def size_bytes(self) -> int:
         return tensor_bytes(self._transposed, self._bias)
 
-    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        out = torch.mm(rows.to(self._dtype), self._transposed).float()
+    def __call__(self, rows: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        if self._dtype is torch.float32:
+            out = torch.mm(rows, self._transposed, out=out)
+        else:
+            out = as_fp32(torch.mm(rows.to(self._dtype), self._transposed), out)
         return out if self._bias is None else out.add_(self._bias)
 
 
@@ -79,10 +82,15 @@ class PackedLinear:
     def size_bytes(self) -> int:
         return self._size_bytes
 
-    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = self._multiply(rows.to(self._dtype), self._weight, None, "none", [], "")
-        out = out.float()
+    def __call__(self, rows: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        product: torch.Tensor = self._multiply(rows.to(self._dtype), self._weight, None, "none", [], "")
+        out = as_fp32(product, out)
         return out if self._bias is None else out.add_(self._bias)
+
+
+def as_fp32(product: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+    """A product in fp32, in `out` if that is given."""
+    return product.float() if out is None else out.copy_(product)
 
 
 def make_linear(weight: Weight, bias: torch.Tensor | None, dtype: torch.dtype, device: torch.device) -> Linear:

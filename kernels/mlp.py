@@ -10,6 +10,7 @@ from .activation import Activation, make_activation, make_sigmoid
 from .linear import Linear
 from .models.config import ModelConfig
 from .parts import Parts
+from .scratch import Scratch
 
 
 class Mlp(Protocol):
@@ -19,8 +20,11 @@ class Mlp(Protocol):
     def linears(self) -> tuple[Linear, ...]:
         """Its matrices."""
 
-    def __call__(self, rows: torch.Tensor, count: int) -> torch.Tensor:
-        """fp32 [rows, hidden] -> fp32 [rows, hidden], a tensor of its own; rows from `count` on are padding."""
+    def __call__(self, rows: torch.Tensor, count: int, scratch: Scratch | None = None) -> torch.Tensor:
+        """fp32 [rows, hidden] -> fp32 [rows, hidden], a tensor of its own; rows from `count` on are padding.
+
+        `scratch` is the pass's, where its MLP is a block's whole one.
+        """
 
 
 class GatedMlp:
@@ -37,8 +41,12 @@ class GatedMlp:
         """Its matrices."""
         return (self._gate_up, self._down)
 
-    def __call__(self, rows: torch.Tensor, count: int) -> torch.Tensor:
-        gate, up = self._gate_up(rows).chunk(2, -1)  # [rows, intermediate] each
+    def __call__(self, rows: torch.Tensor, count: int, scratch: Scratch | None = None) -> torch.Tensor:
+        if scratch is None:
+            gate, up = self._gate_up(rows).chunk(2, -1)  # [rows, intermediate] each
+        else:
+            both, gate, up = scratch.gate_up()
+            self._gate_up(rows, both)
         return self._down(self._combine(gate, up))
 
 
@@ -57,7 +65,7 @@ class PlainMlp:
         """Its matrices."""
         return (self._up, self._down)
 
-    def __call__(self, rows: torch.Tensor, count: int) -> torch.Tensor:
+    def __call__(self, rows: torch.Tensor, count: int, scratch: Scratch | None = None) -> torch.Tensor:
         return self._down(self._activation(self._up(rows)))
 
 

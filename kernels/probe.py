@@ -103,13 +103,19 @@ def fixed_values(shape: tuple[int, ...], seed: int) -> torch.Tensor:
 
 
 def probe_configs(config: ModelConfig) -> list[ModelConfig]:
-    """One block of every kind the model has: with a window or without, with experts or without."""
-    kinds = {(config.window(index) is not None, index) for index in range(config.num_blocks)}
-    found = {(sliding, config.experts_of(index) is not None) for sliding, index in kinds}
-    return [_shrunk(config, sliding, experts) for sliding, experts in sorted(found)]
+    """One block of every kind the model has: with a window or without, experts or none, rotated or not."""
+    kinds = {
+        (
+            config.window(index) is not None,
+            config.experts_of(index) is not None,
+            index in config.unrotated_blocks,
+        )
+        for index in range(config.num_blocks)
+    }
+    return [_shrunk(config, *kind) for kind in sorted(kinds)]
 
 
-def _shrunk(config: ModelConfig, sliding: bool, experts: bool) -> ModelConfig:
+def _shrunk(config: ModelConfig, sliding: bool, experts: bool, unrotated: bool) -> ModelConfig:
     """Everything that is a form or a number in a formula stays; only sizes become small."""
     kv_heads = min(config.num_kv_heads, MOST_KV_HEADS)
     small = replace(
@@ -122,6 +128,7 @@ def _shrunk(config: ModelConfig, sliding: bool, experts: bool) -> ModelConfig:
         num_heads=kv_heads * min(config.num_heads // config.num_kv_heads, MOST_GROUP),
         sliding_window=WINDOW if sliding else None,
         sliding_blocks=(True,) if sliding else (),
+        unrotated_blocks=(0,) if unrotated else (),
         experts=None,
         bos_token_id=None,
         eos_token_ids=(),

@@ -21,6 +21,7 @@ from .linear import ROWS
 from .models.config import ModelConfig
 from .pages import groups, pack, scale_
 from .scores import ScoreForm
+from .step import Step
 
 GATHER_VALUES: Final = 1 << 18
 """Keys of one tile that are gathered at once, in values (1 MiB): they should stay in the processor's cache."""
@@ -74,7 +75,18 @@ class Attention:
             for index, piece in enumerate(pieces)
             if index not in grouped
         ]
+        # Lone decode steps on the CPU have their own quick way (step.py).
+        quick = mixed.device.type == "cpu"
+        self._steps = [
+            (index, Step(pieces[index].first, blocks[0], config.num_kv_heads, group, mixed[pieces[index].first]))
+            for index, blocks in self._alone
+            if quick and pieces[index].last - pieces[index].first == 1
+        ]
+        stepping = {index for index, _ in self._steps}
+        self._alone = [(index, blocks) for index, blocks in self._alone if index not in stepping]
         self._buffer = self._gather_buffer()
+        self._stored: torch.Tensor | None = None
+        self._singles: tuple[torch.Tensor, ...] = ()
 
     def _gather_buffer(self) -> torch.Tensor:
         keys = [block.key_end - block.key_start for _, blocks in self._alone for block in blocks]
@@ -97,7 +109,9 @@ class Attention:
         piece. Returns fp32 [padded rows, heads * d], valid until the next call.
         """
         stored = pack(fresh) if caches[0].in_8_bits else fresh
-        singles = stored.unbind(2)  # [2, kv_heads, slot width] each
+        if stored is not self._stored:  # blocks of a pass hand in the same buffer
+            self._stored, self._singles = stored, stored.unbind(2)  # [2, kv_heads, slot width] each
+        singles = self._singles
         for piece, cache in zip(self._pieces, caches, strict=True):
             if piece.last - piece.first == 1:
                 cache.page(piece.position).slots.select(2, piece.position % TILE).copy_(singles[piece.first])
@@ -105,6 +119,8 @@ class Attention:
                 cache.store(piece.position, stored.narrow(2, piece.first, piece.last - piece.first))
         for bucket in self._buckets:
             bucket.run(queries, [caches[index] for index in bucket.pieces], form, self._mixed)
+        for index, step in self._steps:
+            step.run(queries, caches[index], form)
         for index, blocks in self._alone:
             for block in blocks:
                 self._attend(queries, self._pieces[index], caches[index], block, form, fused)

@@ -137,11 +137,10 @@ class RopeTable:
         return torch.reciprocal(bases[:, None].float() ** exponents)
 
 
-def rotate_(heads: torch.Tensor, rotations: torch.Tensor) -> None:
-    """Rotate fp32 heads [rows, n, d] in pair order, in place, by complex64 [rows, 1, d / 2]."""
-    rows, count, width = heads.shape
-    pairs = torch.view_as_complex(heads.view(rows, count, width // 2, 2))
-    step = max(1, SERIAL_ELEMENTS // (count * width // 2))
+def rotate_(pairs: torch.Tensor, rotations: torch.Tensor) -> None:
+    """Rotate heads in pair order, complex64 [rows, n, d / 2], in place, by complex64 [rows, 1, d / 2]."""
+    rows, count, width = pairs.shape
+    step = max(1, SERIAL_ELEMENTS // (count * width))
     if rows <= step or torch.get_num_threads() == 1:
         pairs.mul_(rotations)
         return

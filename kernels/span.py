@@ -21,6 +21,7 @@ from .linear import pad_rows
 from .models.config import ModelConfig, RopeConfig
 from .ragged import Attention, Rows
 from .rope import RopeTable
+from .scratch import Scratch
 
 MAX_ROWS: Final = 65_536
 """Rows of one pass. Schedulers stay far below; a bug above this must not eat the memory of the host."""
@@ -111,11 +112,12 @@ class Span:
         blocks = self._blocks[start - self.start : end - self.start]
         attentions = self._attentions(pieces, rows.shape[0], {(block.window, block.batched) for block in blocks})
         rotations = self._rotations(pieces, rows.shape[0], {block.rope for block in blocks})
+        scratch = Scratch(self.config, rows.shape[0], self.device)
         for border, block in enumerate(blocks, start):
             if border > start:
                 rows = _cut(rows, pieces, border)
             caches = [piece.cache.blocks[border - piece.cache.start] for piece in pieces]
-            rows = block.forward(rows, rotations[block.rope], attentions[block.window, block.batched], caches)
+            rows = block.forward(rows, rotations[block.rope], attentions[block.window, block.batched], caches, scratch)
         for piece in pieces:
             piece.cache.length = piece.position + piece.count
         return rows[:count]

@@ -20,7 +20,7 @@ from typing import Final
 import torch
 
 from ..head import dequantize_q8
-from ..linear import Linear, PlainLinear, is_small, own, tensor_bytes
+from ..linear import Linear, PlainLinear, as_fp32, is_small, own, tensor_bytes
 from ..weight import Weight
 from .products import IntegerProduct, available_products, integer_product, row_levels
 
@@ -83,15 +83,20 @@ class Int8Linear:
     def size_bytes(self) -> int:
         return self._size_bytes
 
-    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+    def __call__(self, rows: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         most = max(1, _MAX_PRODUCTS // self._out_features)
         if rows.shape[0] > most:
-            return torch.cat([self(part) for part in torch.split(rows, most)])
+            if out is None:
+                out = rows.new_empty(rows.shape[0], self._out_features)
+            for part, target in zip(torch.split(rows, most), torch.split(out, most), strict=True):
+                self(part, target)
+            return out
         if self._columns is not None:
             rows = rows * self._columns
         scale = torch.linalg.vector_norm(rows, float("inf"), dim=-1, keepdim=True).mul_(self._step)  # [rows, 1]
         torch.maximum(scale, self._smallest, out=scale)
-        out = self._multiply(self._digits(rows, scale), rows.shape[0]).mul_(scale)
+        product = self._multiply(self._digits(rows, scale), rows.shape[0])
+        out = product.mul_(scale) if out is None else torch.mul(product, scale, out=out)
         return out if self._bias is None else out.add_(self._bias)
 
     def _digits(self, rows: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -136,15 +141,15 @@ class PortableInt8Linear:
     def size_bytes(self) -> int:
         return tensor_bytes(self._values, self._scales, self._columns, self._bias)
 
-    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+    def __call__(self, rows: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         if self._columns is not None:
             rows = rows * self._columns
         rows = rows.to(torch.bfloat16)
         if rows.device.type == "cpu":
             product: torch.Tensor = torch.ops.aten._weight_int8pack_mm(rows, self._values, self._scales)
-            out = product.float()
+            out = as_fp32(product, out)
         else:
-            out = (rows @ self._values.to(torch.bfloat16).T).float().mul_(self._scales)
+            out = as_fp32(rows @ self._values.to(torch.bfloat16).T, out).mul_(self._scales)
         return out if self._bias is None else out.add_(self._bias)
 
 

@@ -54,8 +54,9 @@ class LlmInt8Linear:
     def size_bytes(self) -> int:
         return self._size_bytes
 
-    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = self._module(rows.clamp(-_LARGEST, _LARGEST))
+    def __call__(self, rows: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        product: torch.Tensor = self._module(rows.clamp(-_LARGEST, _LARGEST))
+        out = product if out is None else out.copy_(product)
         return out if self._bias is None else out.add_(self._bias)
 
 

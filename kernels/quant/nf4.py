@@ -18,7 +18,7 @@ from typing import Any, Final
 import torch
 
 from ...protocol.errors import ConfigError
-from ..linear import Linear, PlainLinear, is_small, own, tensor_bytes
+from ..linear import Linear, PlainLinear, as_fp32, is_small, own, tensor_bytes
 from ..weight import Weight
 from .int8 import make_int8
 
@@ -36,6 +36,7 @@ class NF4Linear:
     def __init__(self, weight: Weight, bias: torch.Tensor | None, device: torch.device) -> None:
         library = load_bitsandbytes()
         self._out_features = weight.shape[0]
+        self._padded = weight.shape[0] % _OUT_MULTIPLE > 0
         packed = _Packed(library, weight, device)
         self._multiply: Any = library.matmul_4bit
         self._weight, self._state = packed.weight, packed.state
@@ -48,9 +49,11 @@ class NF4Linear:
     def size_bytes(self) -> int:
         return self._size_bytes
 
-    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = self._multiply(rows.to(torch.bfloat16), self._weight, quant_state=self._state)
-        out = out[:, : self._out_features].float()
+    def __call__(self, rows: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        product: torch.Tensor = self._multiply(rows.to(torch.bfloat16), self._weight, quant_state=self._state)
+        if self._padded:
+            product = product[:, : self._out_features]
+        out = as_fp32(product, out)
         return out if self._bias is None else out.add_(self._bias)
 
 
