@@ -3,14 +3,16 @@
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Node", "NodeConfig", "SwarmError", "__version__"]
+__all__ = ["CausalLM", "Node", "NodeConfig", "SwarmError", "__version__"]
 
 if TYPE_CHECKING:
+    from .node.client.causal import CausalLM
     from .node.config import NodeConfig
     from .node.node import Node
     from .protocol.errors import SwarmError
 
 _HOMES = {"Node": "node.node", "NodeConfig": "node.config", "SwarmError": "protocol.errors"}
+_HOMES["CausalLM"] = "node.client.causal"
 
 
 def __getattr__(name: str) -> Any:

@@ -31,6 +31,7 @@ TORCH_IN_NODE = {
 """The modules of node/ that may load torch when imported; docs/architecture.md lists the same."""
 TORCH_FREE_KERNELS = {
     "swarmnode.kernels",
+    "swarmnode.kernels.beams",
     "swarmnode.kernels.chat",
     "swarmnode.kernels.loading",
     "swarmnode.kernels.loading.gguf_file",

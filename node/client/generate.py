@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
@@ -183,6 +183,8 @@ class Generation:
             writing = live[result.lane]
             if not writing.arrived(result, payload):
                 continue
+            if writing.new_tokens == 0 and writing.lane == writing.leader:
+                await self._share(writing, live.values())
             made = await self._choose(writing, result)
             for _ in made:
                 last = self._note(last)
@@ -190,8 +192,20 @@ class Generation:
                 await self._step(writing)
             else:
                 del live[writing.lane]
+                if live:
+                    self._chain.drop(writing.lane)
             for piece in made:
                 yield piece
+
+    async def _share(self, leader: Writing, others: Iterable[Writing]) -> None:
+        """The prompt is computed: the other sequences after it begin there, each with a choice of its own."""
+        known = len(leader.history) - 1
+        for writing in others:
+            if writing.leader == leader.lane != writing.lane:
+                self._chain.fork(leader.lane, writing.lane)
+                self._chain.truncate(known, writing.lane)
+                self._feed(writing, await self._ends.rows(writing.history[-1:]), 1, Want.LAST)
+                await self._prepare(writing)
 
     async def _prefill(self, writing: Writing) -> None:
         """Feed what is new of the prompt in chunks; only the last row's result is wanted."""

@@ -6,8 +6,10 @@ import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Unpack
 
+from ...kernels.beams import BeamSearch
 from ...kernels.models.config import ModelConfig
 from ...protocol.errors import ConfigError, UnsupportedModel
 from ...protocol.messages import MAX_LANES, Output
@@ -24,6 +26,7 @@ from .generate import Generation, GenerationStats, Piece
 from .opening import AUTO_WIRE, Opener
 from .opening import Context as Context
 from .request import DEFAULT_NEW_TOKENS, Options, Prompt, Request
+from .searching import Found, Searching
 from .session import HiddenSession
 
 if TYPE_CHECKING:
@@ -142,6 +145,38 @@ class RemoteModel:
         finally:
             await run.chain.close()
 
+    async def beam_search(
+        self,
+        prompt: Prompt,
+        *,
+        beams: int = 4,
+        count: int = 1,
+        length_penalty: float = 1.0,
+        early_stopping: bool | str = False,
+        max_new_tokens: int = DEFAULT_NEW_TOKENS,
+        sampling: SamplingParams | None = None,
+        stop_token_ids: Sequence[int] = (),
+        wire: str = AUTO_WIRE,
+    ) -> list[Found]:
+        """The `count` best sequences of a search with so many beams, as transformers' generate(num_beams=...) finds
+        them. Of `sampling` only biases and penalties count. Raises what `generate` raises.
+        """
+        began = self._context.clock.now()
+        options: Options = {"max_new_tokens": max_new_tokens, "stop_token_ids": stop_token_ids, "wire": wire}
+        request = await self.request([prompt], {**options, "sampling": sampling})
+        request.search(beams, count, length_penalty, early_stopping)
+        run = await self.open_run(request, request.max_length, lanes=beams)
+        search = BeamSearch(
+            beams, max_new_tokens, request.wishes.ends, length_penalty=length_penalty, early_stopping=early_stopping
+        )
+        searching = Searching(run.chain, run.ends, self._context.clock, request.params, request.stats)
+        try:
+            await searching.run(request.prompts[0], search, began)
+        finally:
+            request.stats.note_chain(run.chain.repairs, run.codec.label, run.chain.route)
+            await run.chain.close()
+        return [Found(request.text_of(beam.tokens), beam.tokens, beam.score) for beam in search.best(count)]
+
     async def pieces(self, run: Run, request: Request, began: float) -> AsyncGenerator[Piece, None]:
         """Write what is asked for over an open chain."""
         draft = await self._draft_model(request.draft) if request.draft is not None else None
@@ -163,7 +198,7 @@ class RemoteModel:
         self.last_stats = request.stats
         return request
 
-    async def open_run(self, request: Request, max_length: int) -> Run:
+    async def open_run(self, request: Request, max_length: int, lanes: int = 0) -> Run:
         """A chain that can do what is asked for, and what stands at its ends. Raises NoRoute, Refused."""
         if self._use_local:
             local, output = await self._local_ends(), Output.HIDDEN
@@ -173,7 +208,7 @@ class RemoteModel:
             output,
             max_length,
             request.wire,
-            lanes=len(request.writings),
+            lanes=lanes or len(request.writings),
             remote_ends=local is None,
             params=request.params,
         )
@@ -222,6 +257,48 @@ class RemoteModel:
         finally:
             await chain.close()
         return await local.logits(payload, codec) if local else as_logits(payload, self.config.vocab_size)
+
+    async def hidden_states(
+        self, ids: Sequence[int], *, after: Sequence[int] | None = None, wire: str = AUTO_WIRE
+    ) -> list[torch.Tensor]:
+        """Hidden states [tokens, hidden] behind so many blocks each, by rising number: 0 is the embedding.
+
+        Default: behind the last block, before the final norm. Only blocks up to the largest number are computed.
+        Raises ConfigError, NoRoute.
+        """
+        Request.check_prompt(self.name, self.config, ids, 0)
+        marks = sorted({self.config.num_blocks} if after is None else set(after))
+        if not marks or not 0 <= marks[0] <= marks[-1] <= self.config.num_blocks:
+            raise ConfigError(f"after is {after}: {self.name} has {self.config.num_blocks} blocks; use 0 to that many")
+        made = [await self._embedded(ids, marks[0], wire)]
+        for start, end in pairwise(marks):
+            made.append(await self._through(made[-1], start, end, wire))
+        return made
+
+    async def _embedded(self, ids: Sequence[int], end: int, wire: str) -> torch.Tensor:
+        """Hidden states behind the first `end` blocks."""
+        from .local import as_hidden  # torch is loaded here, not before
+
+        hidden = self.config.hidden_size
+        if self._use_local:
+            local = await self._local_ends()
+            rows = as_hidden(await local.embed(ids, Codec.FP32), Codec.FP32, hidden, self._dtype)
+            return rows if end == 0 else await self._through(rows, 0, end, wire)
+        if end == 0:
+            raise ConfigError("the embedding is asked for: it takes the model's files here, local_ends=True")
+        chain, codec = await self._opener.open(
+            Output.HIDDEN, len(ids), wire, span=(0, end), remote_ends=False, embed=True
+        )
+        ends = Ends(codec, Output.HIDDEN, self.config.vocab_size, None)
+        try:
+            payload = b"".join([part async for part in ends.forward(chain, ids)])
+        finally:
+            await chain.close()
+        return as_hidden(payload, codec, hidden, self._dtype)
+
+    async def _through(self, rows: torch.Tensor, start: int, end: int, wire: str) -> torch.Tensor:
+        async with await self.session(max_length=rows.shape[0], span=(start, end), wire=wire) as session:
+            return (await session.step(rows[None]))[0]
 
     async def view(self, *, fresh: bool = False) -> SwarmView:
         """Who serves which blocks now."""

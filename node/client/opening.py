@@ -84,14 +84,17 @@ class Opener:
         lanes: int = 1,
         span: tuple[int, int] | None = None,
         remote_ends: bool,
+        embed: bool = False,
         params: SamplingParams | None = None,
     ) -> tuple[ChainSession, Codec]:
         """Plan a chain and open it, around servers that refuse or do not answer.
 
+        `remote_ends`: token ids go in and what the head gives comes out; `embed`: token ids go in, hidden states out.
         Raises NoRoute when no chain is left, Refused when all were declined.
         """
         whole = span or (0, self._model.config.num_blocks)
         request = self._request(tokens=lanes, remote_ends=remote_ends, kv_tokens=lanes * max_length, span=whole)
+        request = replace(request, need_embed=remote_ends or embed)
         problems: list[SwarmError] = []
         failures: Counter[PeerId] = Counter()
         for _ in range(OPEN_ATTEMPTS):
@@ -105,10 +108,10 @@ class Opener:
                 start=whole[0],
                 end=whole[1],
                 codec=codec,
-                cuts=_cuts(plan, remote_ends),
+                cuts=_cuts(plan, embedded=remote_ends or embed, headed=remote_ends),
                 lanes=lanes,
                 max_length=max_length,
-                embed=remote_ends,
+                embed=remote_ends or embed,
                 output=output,
                 sampling=params.to_wire() if params and output == Output.TOKEN else b"",
             )
@@ -180,10 +183,10 @@ class Opener:
         return max(rows, 4 * self._model.config.vocab_size * FORWARD_ROWS) if output == Output.LOGITS else rows
 
 
-def _cuts(plan: Plan, remote_ends: bool) -> tuple[int, ...]:
+def _cuts(plan: Plan, *, embedded: bool, headed: bool) -> tuple[int, ...]:
     """Borders where hidden states are encoded: those of the first chain, for the session's whole life.
 
     Where a server embeds or runs the head, no hidden states cross the model's own ends.
     """
     borders = [hop.start for hop in plan.hops] + [plan.hops[-1].end]
-    return tuple(borders[1:-1] if remote_ends else borders)
+    return tuple(borders[1 if embedded else 0 : -1 if headed else None])

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final, TypedDict
 
+from ...kernels.beams import MAX_BEAMS, NEVER
 from ...kernels.models.config import ModelConfig
 from ...protocol.errors import ConfigError
 from ...protocol.messages import MAX_LANES, MAX_POSITION
-from ...protocol.sampling import SamplingParams
+from ...protocol.sampling import MAX_PENALTY, SamplingParams
 from ..generating import MAX_TOP_LOGPROBS, check_speculate
 from .generate import GenerationStats, Wishes, Writing
 
@@ -64,8 +65,11 @@ class Request:
         if not 0 <= top_logprobs <= MAX_TOP_LOGPROBS:
             raise ConfigError(f"top_logprobs is {top_logprobs}: use 0 to {MAX_TOP_LOGPROBS}")
         self.prompts = [tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
+        if max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens is {max_new_tokens}: use at least 1")
         for ids in self.prompts:
             self.check_prompt(name, config, ids, max_new_tokens)
+        self._searching = False
         self.wire = wire
         self.draft = draft if speculate == "auto" else None
         self.params = replace(sampling or SamplingParams(), choices=n)
@@ -82,7 +86,8 @@ class Request:
         from ...kernels.tokenizer import TextStream  # the tokenizers library is loaded here, not before
 
         stream = TextStream(self._tokenizer, prompt, self._stop)
-        return Writing(lane, lane, prompt, self.params.for_lane(lane), stream)
+        leader = lane - lane % self.params.choices
+        return Writing(lane, leader, prompt, self.params.for_lane(lane), stream)
 
     @property
     def max_length(self) -> int:
@@ -92,7 +97,25 @@ class Request:
     @property
     def tail_can_choose(self) -> bool:
         """A tail knows enough: nothing asked for depends on the history or on more than it can be told or tell."""
-        return not (self.params.penalized or self.wishes.top) and self.params.fits_wire
+        return not (self.params.penalized or self.wishes.top or self._searching) and self.params.fits_wire
+
+    def search(self, beams: int, count: int, length_penalty: float, early_stopping: bool | str) -> None:
+        """It is a beam search. Raises ConfigError for arguments out of range."""
+        if not 1 <= beams <= MAX_BEAMS:
+            raise ConfigError(f"{beams} beams: use 1 to {MAX_BEAMS}")
+        if not 1 <= count <= beams:
+            raise ConfigError(f"{count} sequences of {beams} beams: use 1 to {beams}")
+        if not -MAX_PENALTY <= length_penalty <= MAX_PENALTY:
+            raise ConfigError(f"length_penalty is {length_penalty}: use -{MAX_PENALTY:g} to {MAX_PENALTY:g}")
+        if early_stopping not in (True, False, NEVER):
+            raise ConfigError(f"early_stopping is {early_stopping!r}: use True, False or {NEVER!r}")
+        self._searching = True
+
+    def text_of(self, tokens: Sequence[int]) -> str:
+        """The text of what was written after the first prompt, its end token left out."""
+        stream = self._writing(0, self.prompts[0]).stream
+        kept = tokens[:-1] if tokens and tokens[-1] in self.wishes.ends else tokens
+        return "".join([*(stream.push(token).text for token in kept), stream.finish().text])
 
     @staticmethod
     def _check_lanes(prompts: int, n: int) -> None:
@@ -106,8 +129,6 @@ class Request:
         """Raises ConfigError unless the prompt and what is to follow it fit the model."""
         if not ids:
             raise ConfigError("the prompt is empty: give at least one token")
-        if max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens is {max_new_tokens}: use at least 1")
         check_ids(name, config, ids, "token id")
         limit = min(config.max_positions, MAX_POSITION)
         if len(ids) + max_new_tokens > limit:

@@ -6,7 +6,9 @@ import asyncio
 import contextlib
 
 import pytest
+import torch
 from helpers.swarms import TinySwarm, collect, ids_of, make_model
+from helpers.tiny_models import load_oracle
 from swarmnode.protocol.errors import ConfigError
 from swarmnode.protocol.messages import MAX_LANES
 from swarmnode.protocol.sampling import SamplingParams
@@ -68,6 +70,65 @@ async def test_answers_to_one_prompt_are_drawn_apart_and_the_first_as_alone(loca
     assert made[2] == await solo(model, PROMPTS[2], 20, sampling=DRAWN)
     greedy = await by_sequence(model.generate(LONG, n=3, max_new_tokens=9, wire="fp32"), 3)
     assert greedy == [await solo(model, LONG, 9)] * 3
+
+
+@pytest.mark.parametrize("local_ends", [True, False])
+@pytest.mark.parametrize("beams", [1, 2, 5])
+async def test_beams_equal_those_of_transformers(beams, local_ends, swarm):
+    model = await swarm.model(local_ends=local_ends)
+    oracle = load_oracle(swarm.model_path)
+    for prompt in (PROMPTS[0], LONG):
+        ends = [(await solo(model, prompt, 9))[-1], 77]
+        expected = oracle.generate(
+            torch.tensor([prompt]),
+            num_beams=beams,
+            num_return_sequences=beams,
+            max_new_tokens=12,
+            do_sample=False,
+            eos_token_id=ends,
+            pad_token_id=1,
+        )[:, len(prompt) :].tolist()
+        found = await model.beam_search(
+            prompt, beams=beams, count=beams, max_new_tokens=12, stop_token_ids=ends, wire="fp32"
+        )
+        padded = [[*one.token_ids, *[1] * (len(expected[0]) - len(one.token_ids))] for one in found]
+        assert padded == expected
+        assert [one.score for one in found] == sorted((one.score for one in found), reverse=True)
+
+
+async def test_beams_survive_a_dead_server_and_free_all(swarm):
+    await swarm.serve_all(*THIRDS)
+    model = await swarm.model()
+    expected = await model.beam_search(LONG, beams=3, count=3, max_new_tokens=25, wire="fp32")
+    model.last_stats = None
+    search = asyncio.create_task(model.beam_search(LONG, beams=3, count=3, max_new_tokens=25, wire="fp32"))
+    while model.last_stats is None or not 8 <= model.last_stats.new_tokens < 25:  # noqa: ASYNC110 - every turn of the loop counts
+        await asyncio.sleep(0)
+    await swarm.kill(swarm.serving(1))
+    assert await search == expected
+    task = asyncio.create_task(model.beam_search(LONG, beams=4, max_new_tokens=100))
+    for _ in range(200):
+        await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await swarm.settled()
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"beams": 0}, "0 beams"),
+        ({"beams": 65}, "65 beams"),
+        ({"beams": 2, "count": 3}, "3 sequences of 2 beams"),
+        ({"length_penalty": 1e9}, "length_penalty"),
+        ({"early_stopping": "soon"}, "early_stopping is 'soon'"),
+    ],
+)
+async def test_beams_that_cannot_be_are_named(options, problem, swarm):
+    model = await swarm.model()
+    with pytest.raises(ConfigError, match=problem):
+        await model.beam_search(PROMPTS[0], **{"max_new_tokens": 9, **options})
 
 
 @pytest.mark.parametrize("block", [0, 1, 2])
