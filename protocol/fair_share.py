@@ -2,8 +2,8 @@
 
 Start-time fair queueing (Goyal, Vin, Cheng 1996) in front of a bucket that fills at the rate: each turn gets a start
 tag, the end of its key's last turn or the present virtual time, whichever is later, and turns go in order of tags.
-So a key that asks for little hardly waits, and those that ask for all get equal parts, however many turns each asks
-for at once.
+So those that ask for all get equal parts, however many turns each asks for at once. A key that has had less than its
+part goes first until it has caught up CREDIT bytes, so who asks for little hardly waits.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import Final
 BURST_S: Final = 0.02
 """The bucket holds the rate of this long, so that a timer's delay loses nothing."""
 MIN_BURST: Final = 128 * 1024
+CREDIT: Final = 256 * 1024
+"""Bytes that a key may have had less than others and still be given at once."""
 MAX_KEYS: Final = 4096
 """Keys remembered; beyond that, those that have had no more than others are forgotten."""
 
@@ -53,7 +55,8 @@ class FairShare:
         if not self.rate:
             return None
         self._fill(now)
-        start = max(self._virtual, self._ends.get(key, 0.0))
+        known = self._ends.get(key)
+        start = self._virtual if known is None else max(self._virtual - CREDIT, known)
         self._ends[key] = start + size
         if len(self._ends) > MAX_KEYS:
             self._forget()

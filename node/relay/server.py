@@ -45,7 +45,9 @@ logger = logging.getLogger(__name__)
 REQUEST_S: Final = 10.0
 """How long a peer may take to say what it wants, and the other to answer whether it takes a circuit."""
 CHUNK: Final = 64 * 1024
-"""Bytes passed on in one turn."""
+"""Bytes passed on at once."""
+QUANTUM: Final = 16 * 1024
+"""Bytes of one turn: who wants little waits for one turn of another at most."""
 EXPIRE_S: Final = 60.0
 """How often the connections of those whose place has ended lose their protection; the place itself ends in time."""
 MIN_TIMER_S: Final = 0.001
@@ -307,6 +309,11 @@ class _Turns:
 
     async def wait(self, key: Hashable, size: int) -> None:
         """Return when so many bytes may go. Cancelled, the turn is others'."""
+        while size > 0:
+            await self._wait(key, min(size, QUANTUM))
+            size -= QUANTUM
+
+    async def _wait(self, key: Hashable, size: int) -> None:
         turn = self._share.ask(key, size, self._now())
         if turn is None:
             return

@@ -3,7 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from swarmnode.protocol.fair_share import MAX_KEYS, MIN_BURST, FairShare
+from swarmnode.protocol.fair_share import CREDIT, MAX_KEYS, MIN_BURST, FairShare
 
 RATE = 1_000_000.0
 PIECE = 10_000
@@ -56,7 +56,7 @@ def test_the_sum_is_the_rate():
 
 def test_equal_parts_however_many_turns_one_asks_for():
     carried, _ = run(FairShare(RATE, 0.0), [("flood", 200), ("a", 1), ("b", 2)], 10.0)
-    assert max(carried.values()) - min(carried.values()) <= MIN_BURST + 2 * PIECE
+    assert max(carried.values()) - min(carried.values()) <= MIN_BURST + CREDIT + 2 * PIECE
 
 
 def test_who_asks_for_little_hardly_waits():
@@ -64,6 +64,18 @@ def test_who_asks_for_little_hardly_waits():
     carried, waits = run(FairShare(RATE, 0.0), greedy, 10.0, modest=[("honest", 0.5)])
     assert carried["honest"] == 20 * PIECE  # all it asked for, though floods want everything
     assert waits["honest"] <= 17 * PIECE / RATE  # one turn of everybody else at most
+
+
+def test_who_stays_below_its_part_waits_for_one_turn():
+    """Nine tenths of an equal part, in the company of floods: served as if alone."""
+    every = 17 * PIECE / RATE / 0.9
+    carried, waits = run(
+        FairShare(RATE, 0.0), [(f"flood {n}", 20) for n in range(16)], 30.0, modest=[("honest", every)]
+    )
+    assert carried["honest"] >= int(30 / every) * PIECE
+    late = run(FairShare(RATE, 0.0), [(f"flood {n}", 20) for n in range(16)], 90.0, modest=[("honest", every)])
+    assert late[1]["honest"] == waits["honest"]  # no worse in the long run than at first
+    assert waits["honest"] <= 17 * PIECE / RATE
 
 
 def test_no_rate_no_waiting():
