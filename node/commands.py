@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from types import FrameType
 from typing import TYPE_CHECKING, Final, Self
 
-from ..protocol.errors import ConfigError
+from ..protocol.errors import ConfigError, NoRoute
 from .allocator import keep_freed_memory
 from .config import BUILTIN_MODEL, NodeConfig
 from .console import Console, milliseconds
@@ -229,6 +229,9 @@ async def _model_for(config: NodeConfig, name: str | None, console: Console) -> 
             await _serve(node, serving, console)
         else:
             _warn_once(found.config, console)
+            if not await node.models():  # or its files would be opened to learn which model nobody serves
+                join = f"swarmnode join {name or BUILTIN_MODEL}"
+                raise NoRoute(f"the swarm {config.swarm!r} serves no model yet: start one with {join}")
         yield await node.model(name)
 
 
@@ -274,7 +277,9 @@ def _stats_json(stats: GenerationStats) -> dict[str, object]:
 def _say_stats(stats: GenerationStats, console: Console) -> None:
     console.note(f"route        {' -> '.join(stats.route)}, wire {stats.wire}")
     known = f" ({stats.cached_tokens} known)" if stats.cached_tokens else ""
-    console.note(f"tokens       {stats.prompt_tokens} in{known}, {stats.new_tokens} out, {stats.tokens_per_s:.1f} tokens/s")
+    console.note(
+        f"tokens       {stats.prompt_tokens} in{known}, {stats.new_tokens} out, {stats.tokens_per_s:.1f} tokens/s"
+    )
     console.note(f"first token  {milliseconds(stats.first_token_s)}, longest gap {milliseconds(stats.longest_gap_s)}")
     if stats.drafted:
         right = f"{stats.accepted} of {stats.drafted} guesses right"

@@ -331,6 +331,7 @@ class CardboardNode:
     """Obeys what commands.py uses of Node."""
 
     model_ = None
+    listed = (SimpleNamespace(name="gemma3-270m"),)
     loading = None
     drained = False
 
@@ -347,7 +348,7 @@ class CardboardNode:
         pass
 
     async def models(self):
-        return []
+        return self.listed
 
     async def model(self, name):
         return self.model_
@@ -501,6 +502,15 @@ def test_generate_without_a_swarm_says_that_it_runs_alone(node):
     assert (code, out) == (0, "Hello\n")
     assert "no swarm found" in err
     assert "loading gemma3-270m: 2/2 blocks" in err
+
+
+def test_an_empty_swarm_is_told_before_any_file_is_opened(node):
+    async def never(self, name):
+        raise AssertionError("a model was opened")
+
+    node.listed, node.model = (), never
+    for command in ("generate", "hi"), ("chat",):
+        assert_error(run(*command, "--peer", ADDRESS), 3, "serves no model yet", "swarmnode join gemma3-270m")
 
 
 def test_the_privacy_note_comes_once(node):

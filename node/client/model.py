@@ -57,6 +57,8 @@ class RemoteModel:
         self._ends: LocalEnds | None = None
         self._drafts: dict[str, DraftModel] = {}
         self._loading = asyncio.Lock()
+        self._reached = False
+        """There was a chain at least once."""
         self.last_stats: GenerationStats | None = None
         """Of the generation that ended last."""
 
@@ -192,7 +194,10 @@ class RemoteModel:
             stats.note_chain(run.chain.repairs, run.codec.label, run.chain.route)
 
     async def request(self, prompts: Sequence[Prompt], options: Options) -> Request:
-        """What is asked for, checked, with its prompts as token ids. Raises ConfigError."""
+        """What is asked for, checked, with its prompts as token ids. Raises ConfigError, NoRoute."""
+        if not self._reached:  # nobody waits for a tokenizer and an embedding to hear that nobody serves the blocks
+            await self.route()
+            self._reached = True
         tokenizer = await asyncio.to_thread(lambda: self.tokenizer)
         request = Request(self.name, self.config, tokenizer, prompts, **options)
         self.last_stats = request.stats

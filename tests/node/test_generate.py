@@ -365,6 +365,18 @@ async def test_a_full_swarm_refuses_politely(checkpoints, tmp_path):
         assert len(await greedy(model, PROMPT, 4)) == 4
 
 
+async def test_no_route_is_told_before_anything_is_loaded(checkpoints, tmp_path, monkeypatch):
+    async with TinySwarm(tmp_path, checkpoints("llama")) as swarm:
+        await swarm.serve_all((0, 1), (2, 3))
+        model = await swarm.model()
+        monkeypatch.setattr(type(model), "tokenizer", property(lambda self: pytest.fail("the tokenizer was made")))
+        monkeypatch.setattr(model, "_local_ends", lambda: pytest.fail("embedding and head were loaded"))
+        for generation in (model.generate("text", max_new_tokens=4), model.conversation().generate("text")):
+            with pytest.raises(NoRoute, match="1:2"):
+                await collect(generation)
+        await swarm.settled()
+
+
 async def test_no_route_names_the_missing_blocks(checkpoints, tmp_path):
     async with TinySwarm(tmp_path, checkpoints("llama")) as swarm:
         await swarm.serve_all((0, 1), (2, 3))
