@@ -44,6 +44,8 @@ CROWDED: Final = 6.0
 """So many times denser than around ourselves is no chance."""
 REJOIN_FIRST_S: Final = 5.0
 REJOIN_CAP_S: Final = 60.0
+ISLAND_CAP_S: Final = 600.0
+"""The same for who knows peers, but none of those it was to enter through: they may be a swarm without the others."""
 MAX_MET: Final = 64
 """Nodes kept as ways back into the swarm."""
 MAX_NEWCOMERS: Final = 64
@@ -406,18 +408,20 @@ class Discovery:
         return Contact(peer, (addr.without_peer(),))
 
     def _rejoin(self, now: float) -> None:
-        """Alone although we know ways in: try them again, less and less often."""
-        if len(self.dht.table):
+        """Alone, or with nobody of those we were to enter through: try the ways in again, less and less often."""
+        known = {contact.peer for contact in self.dht.table}
+        if known and (not self._entrances or any(addr.peer_id in known for addr in self._entrances)):
             self._rejoin_wait_s = REJOIN_FIRST_S
         else:
-            self._rejoin_wait_s = min(REJOIN_CAP_S, 2 * self._rejoin_wait_s)
-            self._start(self._rejoin_quietly(), "rejoin")
+            self._rejoin_wait_s = min(ISLAND_CAP_S if known else REJOIN_CAP_S, 2 * self._rejoin_wait_s)
+            ways = self._entrances if known else tuple(dict.fromkeys((*self._entrances, *self.met())))
+            self._start(self._rejoin_quietly(ways), "rejoin")
         self._rejoin_at = now + self._rejoin_wait_s
 
-    async def _rejoin_quietly(self) -> None:
+    async def _rejoin_quietly(self, ways: Sequence[Multiaddr]) -> None:
         try:
-            count = await self._join(tuple(dict.fromkeys((*self._entrances, *self.met()))))
+            count = await self._join(ways)
         except PeerUnreachable as exc:
-            logger.debug("still alone: %s", exc)
+            logger.debug("no way in: %s", exc)
         else:
             logger.info("back in the swarm: %d peers", count)

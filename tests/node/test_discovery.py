@@ -255,6 +255,24 @@ async def test_a_lonely_node_tries_its_entrances_again():
 
 
 @pytest.mark.virtual
+async def test_an_island_grows_together_with_the_rest_when_its_entrance_is_back():
+    """Somebody came in through a node that had not found its own way in yet: neither of them is alone."""
+    async with world() as swarm:
+        door = Multiaddr.parse("/memory/500")
+        node = await swarm.node()
+        with pytest.raises(PeerUnreachable):
+            await node.bootstrap([door])
+        friend = await swarm.node(node)
+        await asyncio.sleep(300)
+        late = await swarm.node(listen=[door])
+        other = await swarm.node(late)
+        await asyncio.sleep(module.ISLAND_CAP_S + 60)
+        members = {one._host.peer_id for one in (node, friend, late, other)}
+        for one in (node, friend, late, other):
+            assert {contact.peer for contact in one.peers()} == members - {one._host.peer_id}
+
+
+@pytest.mark.virtual
 async def test_a_restarted_peer_is_found_again():
     async with world() as swarm:
         first = await swarm.node(listen=[Multiaddr.parse("/memory/500")])

@@ -124,14 +124,15 @@ class Network:
         return node
 
     def _join(self, node, bootstrap):
-        if node.alive and not len(node.dht.table):
-            node.dht.locate(node.peer.raw, self.now, seeds=[bootstrap.contact])
-            node.dht.refresh(self.now)
-            self.pump(node)
-            self.at(self.now + REJOIN_S, self._rejoin, node)
+        query = node.dht.locate(node.peer.raw, self.now, seeds=[bootstrap.contact])
+        node.dht.refresh(self.now)
+        self.pump(node)
+        self.at(self.now + REJOIN_S, self._rejoin, node, query)
 
-    def _rejoin(self, node):
-        if self.nodes:
+    def _rejoin(self, node, query):
+        """Nobody answered: that others have come in through this node meanwhile does not make it a member."""
+        entered = query in node.finished and node.finished[query][1].contacts
+        if node.alive and self.nodes and not entered:
             self._join(node, self.rng.choice(list(self.nodes.values())))
 
     def kill(self, node):

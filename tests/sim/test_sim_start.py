@@ -1,6 +1,5 @@
 """Many nodes that start together on too few processors: answers come late, and everybody must find everybody soon."""
 
-
 import pytest
 from sim.latency import Busy
 from sim.network import Network
