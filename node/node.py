@@ -32,6 +32,7 @@ from .host import ConnectionInfo, Host
 from .identity import Identity
 from .joining import Joining
 from .observe import Reporter
+from .relay.keeper import PlaceEvent, Turn
 from .relay.role import Relaying, RelayRole
 from .runtime import RuntimeFile
 from .tasks import Supervisor
@@ -175,7 +176,7 @@ class Node:
 
     def _relay_role(self) -> RelayRole:
         config = self.config
-        return RelayRole(
+        role = RelayRole(
             self.host,
             self.discovery,
             rng=self._rng,
@@ -185,6 +186,13 @@ class Node:
             limits=config.relay_limits,
             swarm=config.swarm,
         )
+        role.on_place(self._moved)
+        return role
+
+    def _moved(self, event: PlaceEvent) -> None:
+        """A place at a relay was gained or lost: others must know soon."""
+        if self._server is not None and event.turn is not Turn.RENEWED:
+            self._server.moved()
 
     def _publish_runtime(self, stack: contextlib.AsyncExitStack) -> None:
         if self.config.publish_runtime:

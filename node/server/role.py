@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from typing import Final
 
@@ -25,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 ANNOUNCE_S: Final = 20.0
 """How often what is announced is brought up to date."""
+MAX_RELAYED: Final = 2
+"""Announced addresses over relays."""
 DRAIN_GRACE_S: Final = 5.0
 REQUEST_S: Final = 10.0
 
@@ -42,6 +45,7 @@ class ServerRole:
         self.spans: list[ServedSpan] = []
         self.sessions = Sessions(host, self.find, LogBudget(log_bytes))
         host.handle(INFO_PROTOCOL, self._serve_info)
+        self._moved = asyncio.Event()
         tasks.start(self._announce_forever(), "announce")
 
     async def serve(
@@ -76,9 +80,16 @@ class ServerRole:
         for span in self.spans:
             await asyncio.to_thread(span.close)
 
+    def moved(self) -> None:
+        """Our addresses are others now: announce them at once."""
+        self._moved.set()
+
     async def _announce_forever(self) -> None:
         while True:
-            await asyncio.sleep(ANNOUNCE_S)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(ANNOUNCE_S):
+                    await self._moved.wait()
+            self._moved.clear()
             for span in [span for span in self.spans if not span.draining]:
                 await self._announce(span, State.ONLINE)
 
@@ -155,6 +166,8 @@ class ServerRole:
 
 
 def announced(host: Host) -> tuple[Multiaddr, ...]:
-    """The addresses worth telling others, the most reachable first."""
+    """The addresses worth telling others, the most reachable first, some over relays among them if there are any."""
     ranked = sorted(host.listen_addrs, key=lambda addr: addr.is_loopback)
-    return tuple(addr.without_peer() for addr in ranked[:MAX_ADDRESSES])
+    relayed = [addr for addr in ranked if addr.is_relayed][:MAX_RELAYED]
+    direct = [addr for addr in ranked if not addr.is_relayed][: MAX_ADDRESSES - len(relayed)]
+    return tuple(addr.without_peer() for addr in (*direct, *relayed))
