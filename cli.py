@@ -249,6 +249,20 @@ def _folder_set(name: str) -> bool:
     help="Pass on connections between others; auto: if this node can be dialed.",
 )
 @_option("--relay-limit", multiple=True, metavar="NAME=N", help="What to give as a relay at most. Repeatable.")
+@_option(
+    "--reachability",
+    type=click.Choice(["auto", "public", "private"]),
+    default="auto",
+    show_default=True,
+    help="Whether others can dial this node; auto finds out.",
+)
+@_option(
+    "--port-mapping",
+    type=click.Choice(["auto", "off"]),
+    default="auto",
+    show_default=True,
+    help="Have the router open a port (PCP, NAT-PMP, UPnP).",
+)
 @_option("--public-name", default="", metavar="NAME", help="What others see beside your peer id.")
 @_option(
     "--trace",
@@ -280,6 +294,8 @@ def join(
     relay: tuple[str, ...],
     be_relay: str,
     relay_limit: tuple[str, ...],
+    reachability: str,
+    port_mapping: str,
     public_name: str,
     trace: Path | None,
     as_json: bool,
@@ -292,7 +308,7 @@ def join(
     span = parse_span(serve)
     settings: dict[str, Any] = {"identity": identity, "public_name": public_name, "persistent": True}
     settings |= {"lan": lan, "allow": allow, "trace_dir": trace}
-    settings |= {"relay": be_relay, "relays": relay}
+    settings |= {"relay": be_relay, "relays": relay, "reachability": reachability, "port_mapping": port_mapping}
     if relay_limit:
         from .protocol.relay_ledger import RelayLimits
 
@@ -450,14 +466,53 @@ def route(
 
 @swarmnode.command()
 @click.argument("address")
-@click.option("-c", "--count", type=click.IntRange(1, 1000), default=4, show_default=True, help="Round trips.")
+@click.option(
+    "-c",
+    "--count",
+    type=click.IntRange(1, 1000),
+    default=None,
+    help="Round trips.  [default: 4; at most 30 with --until-direct]",
+)
+@click.option("--until-direct", is_flag=True, help="Tell the path of each; end when one needs no relay, else exit 1.")
 @_json
 @click.pass_context
-def ping(ctx: click.Context, /, address: str, count: int, as_json: bool) -> int:
+def ping(ctx: click.Context, /, address: str, count: int | None, until_direct: bool, as_json: bool) -> int:
     """Measure round trips to the node at ADDRESS, checking its identity."""
     from .node import commands, reports
 
-    return commands.run(reports.ping(_config((), "main"), address, count, _console(ctx, as_json)))
+    if until_direct:
+        from .node.nat.pinging import ping_until_direct
+
+        return commands.run(ping_until_direct(_config((), "main"), address, count or 30, _console(ctx, as_json)))
+    return commands.run(reports.ping(_config((), "main"), address, count or 4, _console(ctx, as_json)))
+
+
+@swarmnode.command()
+@_swarm
+@_option("--listen", multiple=True, metavar="ADDR", help="Where to listen meanwhile. Repeatable. [default: any port]")
+@_option("--port-mapping", type=click.Choice(["auto", "off"]), default="auto", help="Have the router open a port.")
+@_json
+@click.pass_context
+def doctor(
+    ctx: click.Context,
+    /,
+    peer: tuple[str, ...],
+    swarm: str,
+    lan: bool,
+    listen: tuple[str, ...],
+    port_mapping: str,
+    as_json: bool,
+) -> int:
+    """What kind of network this is, whether others can reach this machine, why not, and what to do about it.
+
+    Joins the swarm for up to half a minute. Exit code 1 when something keeps others out.
+    """
+    settings: dict[str, Any] = {"listen": listen} if listen else {}
+    config = _config(peer, swarm, lan=lan, port_mapping=port_mapping, **settings)
+    from .node import commands
+    from .node.nat.doctor import doctor
+
+    return commands.run(doctor(config, _console(ctx, as_json)))
 
 
 @swarmnode.command()

@@ -102,6 +102,7 @@ class _Vote:
     reached: bool
     weight: int
     at: float
+    through: bool
 
 
 class Judge:
@@ -113,11 +114,11 @@ class Judge:
         self._votes: dict[Hashable, _Vote] = {}
         self._reach = Reach.UNKNOWN
 
-    def heard(self, network: Hashable, reached: bool, now: float) -> None:
-        """A peer of this network could, or could not, dial it."""
+    def heard(self, network: Hashable, reached: bool, now: float, *, through: bool = False) -> None:
+        """A peer of this network could, or could not, dial it. `through`: we had dialed it from there before."""
         old = self._votes.pop(network, None)
         same = old is not None and old.reached is reached
-        self._votes[network] = _Vote(reached, CONFIRMED if same else 1, now)
+        self._votes[network] = _Vote(reached, CONFIRMED if same else 1, now, through)
         while len(self._votes) > MAX_VOTERS:
             del self._votes[next(iter(self._votes))]
         self._decide(now)
@@ -140,7 +141,9 @@ class Judge:
 
     def _decide(self, now: float) -> tuple[int, int]:
         self._votes = {network: vote for network, vote in self._votes.items() if now - vote.at < VOTE_S}
-        yes = sum(vote.weight for vote in self._votes.values() if vote.reached)
+        # some routers let in whom we dialed first, and nobody else: their success counts if the others do not object
+        others = sum(vote.weight if vote.reached else -vote.weight for vote in self._votes.values() if not vote.through)
+        yes = sum(vote.weight for vote in self._votes.values() if vote.reached and (others >= 0 or not vote.through))
         no = sum(vote.weight for vote in self._votes.values() if not vote.reached)
         self._reach = turned(self._reach, yes, no)
         return yes, no
@@ -278,7 +281,8 @@ class Assessor:
                 candidate.refused[peer] = now + UNWILLING_S
         if outcome in (Outcome.REACHED, Outcome.FAILED):
             before = candidate.judge.verdict(now)
-            candidate.judge.heard(question.server.network, outcome is Outcome.REACHED, now)
+            server = question.server
+            candidate.judge.heard(server.network, outcome is Outcome.REACHED, now, through=server.through)
             if before.reach is not candidate.judge.verdict(now).reach:
                 candidate.tries = min(candidate.tries, 1)  # news: have it confirmed soon
 

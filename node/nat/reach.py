@@ -30,6 +30,8 @@ MAX_ASKED: Final = 4
 """Questions under way at once."""
 THROUGH: Final = 3
 """Connections dialed from the listening port: enough to learn how a router shows it."""
+DIALING_S: Final = 15.0
+"""A dial takes no longer."""
 WITNESSES: Final = 2
 """Networks whose peers must see the same address before it counts as observed, not guessed."""
 ADVERTISED: Final = "reachable"
@@ -49,6 +51,7 @@ class Reachability:
         self._mapped: tuple[Multiaddr, ...] = ()
         self._wake = asyncio.Event()
         self._asked = 0
+        self._through: dict[Multiaddr, float] = {}  # dialed from the listening port, and when
         self._last = self._assessor.node(0.0)
         self.on_change: list[Listener] = []
         """Told the node's verdict when it turns: unknown, public, private."""
@@ -181,10 +184,17 @@ class Reachability:
             found.setdefault(address, Source.GUESSED)
 
     def _from_listener(self, address: Multiaddr) -> bool:
-        """Enough connections show how a router maps our port; more would only collide."""
+        """Few connections show how a router maps our port. More would collide, and let in everybody we dialed where a
+        router only looks who that is: somebody must be left to ask."""
+        now = self._clock.now()
+        used = {wire.address for wire in self._host.wires if wire.from_listener}
+        self._through = {addr: at for addr, at in self._through.items() if addr in used or now - at < DIALING_S}
         if not self._host.bound_addrs or not is_public(address):
             return False
-        return sum(wire.from_listener for wire in self._host.wires) < THROUGH
+        if address not in self._through and len(self._through) >= THROUGH:
+            return False
+        self._through[address] = now
+        return True
 
 
 def _guesses(seen: Iterable[Multiaddr], listening: Sequence[Multiaddr]) -> Iterable[Multiaddr]:

@@ -19,7 +19,7 @@ from helpers.hosts import key
 from helpers.virtual import LoopClock
 from swarmnode.node.config import NodeConfig
 from swarmnode.node.node import Node
-from swarmnode.node.transport.memory import MemoryNetwork, MemoryTransport
+from swarmnode.node.transport.memory import MemoryNetwork, MemoryTransport, Nat
 
 RADIUS_S = 0.06
 """Of the disc, in seconds one way: the longest round trip is four times that."""
@@ -70,15 +70,16 @@ class Internet:
 
     # nodes
 
-    async def node(self, *doors: Node, private: bool = False, **settings: object) -> Node:
-        """A new node that joins through `doors`. `private`: behind a NAT, and a DHT client for that reason."""
+    async def node(self, *doors: Node, private: bool = False, nat: Nat | None = None, **settings: object) -> Node:
+        """A new node that joins through `doors`. `private`: behind a NAT, and a DHT client for that reason. `nat`: what
+        it is behind, and finds out by itself."""
         self._made += 1
         home = self._home / f"node{self._made}"
         home.mkdir(parents=True)
         (home / "key").write_bytes(key(1000 * self._seed + self._made).marshal())
-        transport = self.network.transport(private=private)
+        transport = self.network.transport(private=private, nat=nat)
         self._places[transport] = self._place()
-        settings = {"dht_server": not private, **settings}
+        settings = {"dht_server": not private, "reachability": "auto" if nat is None else "check", **settings}
         config = NodeConfig(
             listen=["/memory/0"],
             peers=[str(door.addrs[0]) for door in doors],

@@ -238,3 +238,17 @@ def test_after_a_change_of_network_answers_under_way_count_nothing_and_old_votes
     assert made.verdicts(1000.0)[A].yes == 3
     made.heard(late, Outcome.FAILED, 1001.0)
     assert made.verdicts(1001.0)[A].no == 0
+
+
+def test_whom_we_dialed_first_does_not_outvote_others():
+    """A router that lets in whoever was sent something: three were, two were not."""
+    judge = Judge()
+    for network in "abc" * 2:
+        judge.heard(network, True, 0.0, through=True)
+    assert judge.verdict(0.0).reach is Reach.PUBLIC, "for want of anybody else"
+    for network in "de":
+        judge.heard(network, False, 1.0)
+    assert judge.verdict(1.0) == verdict.Verdict(Reach.PRIVATE, pytest.approx(2 / 6), 0, 2)
+    for network in "de":
+        judge.heard(network, True, 2.0)
+    assert judge.verdict(2.0).reach is Reach.PUBLIC
