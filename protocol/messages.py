@@ -268,6 +268,19 @@ class Draining(Message, kind=15):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Report(Message, kind=19):
+    """Server to opener, now and then: what the last rows took here, for planning. It can speak for itself only."""
+
+    rows: int = integer(1, low=1, high=MAX_ROWS)
+    queue_s: float = number(2, low=0, high=3600)
+    """They waited for others' rows."""
+    compute_s: float = number(3, low=0, high=3600)
+    """The pass they were part of."""
+    hop_s: float = number(4, low=0, high=3600, default=0)
+    """One way to the next hop, as measured here; 0: not known."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Close(Message, kind=16):
     """Opener to server: free everything of this session."""
 
@@ -275,7 +288,7 @@ class Close(Message, kind=16):
 TO_SERVER: Final = Catalogue(Open, Attach, Data, Truncate, Fork, Rewire, Probe, Close)
 TO_PREVIOUS: Final = Catalogue(Attached, Refused)
 TO_CLIENT: Final = Catalogue(
-    Opened, Refused, Data, Truncate, Fork, Result, HopFailed, LogGone, NeedReplay, Progress, Failed, Draining
+    Opened, Refused, Data, Truncate, Fork, Result, HopFailed, LogGone, NeedReplay, Progress, Report, Failed, Draining
 )
 
 

@@ -27,21 +27,23 @@ from ...protocol.messages import (
     Open,
     Probe,
     Progress,
+    Report,
     Result,
     Rewire,
     Truncate,
     Want,
 )
 from ...protocol.wire import Message
-from ...routing.cost import CostTerms
 from ...routing.planner import Hop as PlannedHop
 from ...routing.planner import Plan, PlanRequest
 from ..clock import Clock
 from ..host import Host
 from ..tasks import Supervisor
+from .lessons import note_report
 from .link import HopRefused, Link, open_link
 from .patience import Patience
 from .router import Router
+from .succession import as_planned, with_repairs
 from .suspicion import holdup, investigate
 from .target import Target, new_session_id
 
@@ -49,8 +51,6 @@ logger = logging.getLogger(__name__)
 
 RETRY_S: Final = 0.2
 """Pause between looks for a replacement when nobody has the blocks."""
-_NOBODY: Final = PeerId(b"\x00\x06nobody")
-"""Stands for a failed server in a plan that may choose it again."""
 FRUITLESS_REPAIRS: Final = 8
 """Repairs without any result between them before a client may give up: what takes over breaks as well."""
 STUCK_PROBES: Final = 3
@@ -236,6 +236,8 @@ class ChainSession:
             case Progress():
                 link.progress = message
                 link.answered.set()
+            case Report():
+                note_report(self._router.metrics, self._machine, hop, message, self._clock.now())
             case Failed(reason=reason):
                 self._fail(hop, reason)
             case Draining():
@@ -377,18 +379,12 @@ class ChainSession:
         nobody else had the blocks, so the swarm is asked anew and who failed just now may have come back.
         """
         view = await self._target.view(fresh or forgive)
-        chain = [_planned(hop, _NOBODY if forgive and hop in self._failed else None) for hop in self._machine.hops]
+        chain = as_planned(self._machine.hops, self._failed if forgive else ())
         peers = {planned.peer for hop, planned in zip(self._machine.hops, chain, strict=True) if hop in bad}
         repairs = self._router.repair(chain, peers, view, self._request())
         if any(repair.banned_used for repair in repairs) and not (fresh or forgive):
             return await self._replace(bad, forgive, fresh=True)
-        hops: list[Hop] = []
-        for hop in self._machine.hops:
-            repair = next((r for r in repairs if r.start <= hop.start < r.end), None)
-            if repair is None:
-                hops.append(hop)
-            elif hop.start == repair.start:
-                hops += [self._hop(planned) for planned in repair.hops]
+        hops = with_repairs(self._machine.hops, repairs, self._hop)
         whole = any((r.start, r.end) == (self._target.spec.start, self._target.spec.end) for r in repairs)
         return hops, new_session_id() if whole else None
 
@@ -491,8 +487,3 @@ class ChainSession:
             addresses=tuple(str(address) for address in addresses[:8]),
             compute_class=planned.compute_class,
         )
-
-
-def _planned(hop: Hop, instead: PeerId | None) -> PlannedHop:
-    peer = instead or PeerId(hop.peer)
-    return PlannedHop(peer=peer, start=hop.start, end=hop.end, compute_class=hop.compute_class, terms=CostTerms())

@@ -27,6 +27,7 @@ from ...protocol.messages import (
     LogGone,
     NeedReplay,
     Probe,
+    Report,
     Rewire,
     Truncate,
 )
@@ -48,6 +49,9 @@ MAX_JOBS: Final = 16
 """Jobs a session may have waiting: what comes faster stays in the stream's window, so the sender waits."""
 HOP_TIMEOUT_S: Final = 1.0
 """A next hop that cannot be reached in this time is reported to the client, which may know better."""
+REPORT_S: Final = 0.5
+"""At most so often the client hears what its rows took here."""
+LONGEST_S: Final = 3600.0
 IDLE_S: Final = 600.0
 """A session nobody used for this long is freed: its client hangs."""
 
@@ -82,6 +86,7 @@ class ServerSession:
         self._tasks: asyncio.TaskGroup | None = None
         self._next_hop: asyncio.Task[None] | None = None
         self._idle: asyncio.Timeout | None = None
+        self._reported = -REPORT_S
 
     @property
     def key(self) -> tuple[bytes, int]:
@@ -173,7 +178,8 @@ class ServerSession:
             if job is None:
                 self._slots.release()
         if job is not None:
-            self._worker.submit(self._seat, job, lambda outcome: self._computed(job, outcome))
+            came = asyncio.get_running_loop().time()
+            self._worker.submit(self._seat, job, lambda outcome: self._computed(job, outcome, came))
 
     def _take_truncate(self, source: bytes, truncate: Truncate) -> None:
         self._used()
@@ -195,7 +201,24 @@ class ServerSession:
         if self._idle is not None and not self._idle.expired():
             self._idle.reschedule(asyncio.get_running_loop().time() + IDLE_S)
 
-    def _computed(self, job: Job, outcome: Outcome) -> None:
+    def _report(self, job: Job, outcome: Outcome, came: float) -> None:
+        """Tell the client what rows take here, so that it plans with what is true."""
+        now = asyncio.get_running_loop().time()
+        if now - self._reported < REPORT_S:
+            return
+        self._reported = now
+        rtt_s = self._host.rtt(PeerId(self.machine.next)) if self.machine.next else None
+        queue_s = min(max(now - came - outcome.seconds, 0.0), LONGEST_S)
+        self._send_client(
+            Report(
+                rows=job.count,
+                queue_s=queue_s,
+                compute_s=min(outcome.seconds, LONGEST_S),
+                hop_s=min((rtt_s or 0.0) / 2, LONGEST_S),
+            )
+        )
+
+    def _computed(self, job: Job, outcome: Outcome, came: float) -> None:
         """On the loop: a job is done. Errors of one job end its session; the client repairs or reports."""
         self._slots.release()
         if outcome.error is not None:
@@ -203,6 +226,7 @@ class ServerSession:
             self._report_failure(job, outcome.error)
             return
         result = self.machine.on_computed(job, outcome.payload)
+        self._report(job, outcome, came)
         if result is None:
             self._have_rows.set()
             self._evict(self._logs.charge(self, self.machine.log_bytes))
