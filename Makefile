@@ -55,7 +55,7 @@ sim: install
 	PYTHONPATH=tests $(BIN)/python -m sim.report $(SIM)
 
 bench: install
-	set -e; for name in planner engine transport hostile link chain decode; do \
+	set -e; for name in planner engine memory transport hostile link chain decode; do \
 	  echo "== tests/bench/$$name.py"; $(BIN)/python tests/bench/$$name.py; \
 	done
 
