@@ -49,7 +49,7 @@ def show_relaying(said: Json | None, console: Console) -> None:
     if not said:
         return
     for place in said["places"]:
-        console.data(f"  relayed at {_cell(place)}")
+        console.data(f"  relayed at {place}")  # an address that was parsed: nothing in it draws on a terminal
     if (serves := said["serves"]) is not None:
         refused = sum(serves["refused"].values())
         console.data(

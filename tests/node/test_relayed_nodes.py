@@ -1,11 +1,17 @@
 """Whole nodes behind NATs: they hold places at relays of the swarm, meet there, and outlive the relays."""
 
 import asyncio
+import io
+import json
 import random
+from dataclasses import asdict
 
 import pytest
 from helpers.internet import Internet
+from swarmnode.node.console import Console
 from swarmnode.node.node import Node
+from swarmnode.node.observe import report
+from swarmnode.node.observed import show_connections, show_relaying
 from swarmnode.node.relay.keeper import Turn
 from swarmnode.protocol.multiaddr import Multiaddr
 from swarmnode.protocol.relay import CircuitAddress
@@ -94,6 +100,27 @@ async def test_the_verdict_decides_both_ways(internet):
     await until(lambda: node.relaying.status().serves is not None and not relays_of(node))
     assert events == [Turn.GAINED, Turn.GAINED, Turn.LOST, Turn.LOST]
     assert not any(addr.is_relayed for addr in node.addrs)
+
+
+async def test_what_status_says(internet):
+    (door,) = await public(internet, 1)
+    hidden = await internet.node(door, private=True, relays=[str(door.addrs[0])])
+    (place,) = hidden.relaying.status().places
+    assert said(hidden) == f"  relayed at {place}\n"
+    assert said(door) == "  relay: 1 places taken, 0 circuits open of 0, 0 B passed on, 0 refused\n"
+    connections = io.StringIO()
+    one = await internet.node(door, private=True)
+    await one.host.connect(None, [Multiaddr.parse(place)])
+    rows = [row | {"rate_in": 0.0, "rate_out": 0.0} for row in report(one.host, connections=True)["connections"]]
+    body = report(one.host, connections=True) | {"connections": rows}
+    show_connections(body, Console(out=connections))
+    assert {line.split()[2] for line in connections.getvalue().splitlines()[2:4]} == {"direct", "relayed"}
+
+
+def said(node):
+    out = io.StringIO()
+    show_relaying(json.loads(json.dumps(asdict(node.relaying.status()))), Console(out=out))
+    return out.getvalue()
 
 
 async def test_off_is_off(internet):
