@@ -15,6 +15,7 @@ from swarmnode.protocol.tensors import Codec
 TOKENS = 60
 GREEDY = 6
 TOLERANCE = 1e-4
+RARE = ("codegen", "gpt_neo", "gpt_bigcode", "xglm", "nemotron", "vaultgemma")
 
 
 class Whole:
@@ -24,9 +25,7 @@ class Whole:
         self.folder = folder
         checkpoint = open_checkpoint(folder, cache_dir=folder / "cache")
         edges = [0, *borders, checkpoint.config.num_blocks]
-        self.spans = [
-            load_span(checkpoint, first, last, dtype=dtype) for first, last in pairwise(edges)
-        ]
+        self.spans = [load_span(checkpoint, first, last, dtype=dtype) for first, last in pairwise(edges)]
         self.embedding = load_embedding(checkpoint, dtype=dtype)
         self.head = load_head(checkpoint, dtype=dtype)
         self.pools = [KVPool(1 << 26, checkpoint.config, span.start, span.end, dtype) for span in self.spans]
@@ -43,7 +42,13 @@ class Whole:
         return self.head.logits(hidden)
 
 
-@pytest.fixture(scope="module", params=list(FOREIGN))
+def families():
+    """All, those with a form of their own in the default run."""
+    for name in FOREIGN:
+        yield pytest.param(name, marks=[pytest.mark.slow] if name in RARE else [])
+
+
+@pytest.fixture(scope="module", params=list(families()))
 def pair(request, tmp_path_factory):
     torch.set_num_threads(1)
     folder = make_foreign(tmp_path_factory.mktemp("model"), request.param)
