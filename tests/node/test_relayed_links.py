@@ -170,6 +170,37 @@ async def test_a_host_may_end_at_any_moment_of_its_relays_death(network, turns):
         assert host._tasks.crashes == one._tasks.crashes == two._tasks.crashes == 0
 
 
+@pytest.mark.virtual
+async def test_dialing_over_a_relay_needs_no_second_turn(network):
+    """With one dial at a time, that of the relay must not wait for that of the circuit."""
+    limits = HostLimits(dials=1)
+    async with (
+        relay_host("memory", 90, network) as (host, _),
+        hidden_host("memory", 2, network) as two,
+        hidden_host("memory", 1, network, limits=limits) as one,
+    ):
+        place = await meet(two, host)
+        await one.connect(two.peer_id, place.addrs)
+        assert one.clock.now() < 1
+
+
+@pytest.mark.virtual
+async def test_a_slow_relay_holds_the_writer_up(network):
+    """Hardly anything queues in the link: a frame, and not all that the inner windows allow."""
+    async with relayed_hosts("memory", network, RelayLimits(bytes_per_s=20_000)) as (one, two):
+        two.handle(ECHO, echo)
+        stream = await one.open_stream(two.peer_id, ECHO)
+        writing = asyncio.get_running_loop().create_task(stream.write(bytes(8_000_000)))
+        (link,) = [wire._transport for wire in one._wires.to(two.peer_id)]
+        most = 0
+        for _ in range(200):
+            await asyncio.sleep(0.05)
+            most = max(most, link.get_write_buffer_size())
+        writing.cancel()
+        await asyncio.wait((writing,))
+        assert 0 < most < 2 * 65_536
+
+
 # What is refused
 
 
