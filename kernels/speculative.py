@@ -32,7 +32,8 @@ SHADOW_EVERY: Final = 16
 """Steps between two guesses of a draft model that does not pay: its guesses cost time even when nobody sends them."""
 _SIZES: Final = (0, 1, 3, 7, 15, 31)
 """Numbers of guesses to choose from: rows in powers of two, because matrix kernels pad rows."""
-_PRIOR_RIGHT: Final = 0.6
+_PRIOR_RIGHT: Final = (0.3, 0.08)
+"""Assumed of matches of MIN_MATCH tokens, and more per further token: two tokens that stood before say little."""
 _PRIOR_WEIGHT: Final = 1.0
 _FORGET: Final = 0.95
 """Weight of older evidence per newer one."""
@@ -188,7 +189,8 @@ class Pace:
     def right(self, kind: int) -> float:
         """The chance that a guess of this class is right, given that those before it were."""
         judged = self._judged.get(kind, 0.0) + _PRIOR_WEIGHT
-        return (self._right.get(kind, 0.0) + _PRIOR_WEIGHT * _PRIOR_RIGHT) / judged
+        prior = _PRIOR_RIGHT[0] + _PRIOR_RIGHT[1] * max(0, kind - MIN_MATCH)
+        return (self._right.get(kind, 0.0) + _PRIOR_WEIGHT * prior) / judged
 
     def judge(self, kind: int, right: int, *, wrong: bool) -> None:
         """So many guesses were right, and then one was `wrong`, or they were all there was."""
