@@ -189,15 +189,16 @@ async def test_a_slow_relay_holds_the_writer_up(network):
     """Hardly anything queues in the link: a frame, and not all that the inner windows allow."""
     async with relayed_hosts("memory", network, RelayLimits(bytes_per_s=20_000)) as (one, two):
         two.handle(ECHO, echo)
-        stream = await one.open_stream(two.peer_id, ECHO)
-        writing = asyncio.get_running_loop().create_task(stream.write(bytes(8_000_000)))
+        streams = [await one.open_stream(two.peer_id, ECHO) for _ in range(6)]  # their windows are more than the link's
+        writing = [asyncio.get_running_loop().create_task(stream.write(bytes(8_000_000))) for stream in streams]
         (link,) = [wire._transport for wire in one._wires.to(two.peer_id)]
         most = 0
         for _ in range(200):
             await asyncio.sleep(0.05)
             most = max(most, link.get_write_buffer_size())
-        writing.cancel()
-        await asyncio.wait((writing,))
+        for task in writing:
+            task.cancel()
+        await asyncio.wait(writing)
         assert 0 < most < 2 * 65_536
 
 
