@@ -73,7 +73,7 @@ async def test_we_meet_at_a_relay_of_theirs(js):
         assert the(one, two.peer_id).relayed
         await echoes(one, two.peer_id)
         again = await two.circuits.reserve(address.peer_id)
-        assert again.expires >= place.expires
+        assert again.expires > place.expires - 1  # told in whole seconds of another clock
         they.process.kill()
         async with asyncio.timeout(PATIENCE_S):
             while one.is_connected(two.peer_id) or two.circuits.places:  # noqa: ASYNC110 - two hosts hear of it
