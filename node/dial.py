@@ -7,7 +7,7 @@ accepts a TCP connection, for another node may sit behind an old address.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from itertools import zip_longest
 from typing import Final, Generic, TypeVar
 
@@ -32,10 +32,8 @@ class DialFailed(Exception):
         self.causes = tuple(causes)
 
 
-def order(
-    addresses: Iterable[Multiaddr], *, first: Collection[Multiaddr] = (), after: Multiaddr | None = None
-) -> list[Multiaddr]:
-    """Without doubles: those in `first`, then IPv6 and IPv4 in turn, relayed ones last; cut to MAX_ADDRESSES.
+def order(addresses: Iterable[Multiaddr], *, after: Multiaddr | None = None) -> list[Multiaddr]:
+    """Without doubles, IPv6 and IPv4 in turn, relayed ones last; cut to MAX_ADDRESSES.
 
     The turns begin with IPv6, which needs no open port at a router; or with the other family than `after`. Where direct
     addresses alone are too many, half the room is for relayed ones.
@@ -43,12 +41,11 @@ def order(
     unique = list(dict.fromkeys(addresses))
     relayed = [address for address in unique if address.is_relayed][: MAX_ADDRESSES // 2]
     direct = [address for address in unique if not address.is_relayed]
-    begun = [address for address in direct if address in first]
-    six = [address for address in direct if address not in first and _is_six(address)]
-    rest = [address for address in direct if address not in first and not _is_six(address)]
+    six = [address for address in direct if _is_six(address)]
+    rest = [address for address in direct if not _is_six(address)]
     turns = (rest, six) if after is not None and _is_six(after) else (six, rest)
     pairs = [address for pair in zip_longest(*turns) for address in pair if address is not None]
-    return [*[*begun, *pairs][: MAX_ADDRESSES - len(relayed)], *relayed]
+    return [*pairs[: MAX_ADDRESSES - len(relayed)], *relayed]
 
 
 def _is_six(address: Multiaddr) -> bool:

@@ -122,7 +122,7 @@ class Dialer:
             raise PeerUnreachable(f"cannot reach {peer or 'a peer'}: no address is known for it; pass one with --peer")
         race = Race(partial(self._attempt, peer, usable, bulk), _dispose)
         try:
-            wire = await race.run(order(usable, first=info.proven), names)
+            wire = await race.run(order(usable), names)
         except DialFailed as exc:
             raise DialFailed([*exc.causes, *causes]) from exc
         self._book.proven(wire.remote, wire.address)

@@ -59,11 +59,6 @@ class PeerInfo:
     """Where the addresses are from, the one heard of last at the end."""
 
     @property
-    def proven(self) -> tuple[Multiaddr, ...]:
-        """Those of the addresses behind which we found the peer."""
-        return tuple(addr for addr in self.addrs if self.known[addr].proven)
-
-    @property
     def certified(self) -> tuple[Multiaddr, ...]:
         """Those of the addresses that the peer has signed."""
         return tuple(addr for addr in self.addrs if self.known[addr].certified)

@@ -76,10 +76,6 @@ async def test_families_take_turns_and_doubles_go():
     assert len(order(Multiaddr.parse(f"/memory/{n}") for n in range(99))) == MAX_ADDRESSES
 
 
-async def test_what_worked_before_goes_first():
-    assert order([*FOUR, *SIX], first=[FOUR[2]]) == [FOUR[2], SIX[0], FOUR[0], SIX[1], FOUR[1]]
-
-
 NAME = Multiaddr.parse("/dns4/example.org/tcp/1")
 
 
