@@ -1,6 +1,6 @@
-"""The command line. Only options and words are here; what a command does is node/commands.py, loaded when it runs.
+"""The command line. Only commands' words are here; what one does is node/commands.py, loaded when it runs.
 
-`swarmnode --help` must cost nothing, so this module imports click and the error tree and no more. Data goes to stdout,
+`swarmnode --help` must cost nothing, so this module imports click, its options and the error tree. Data goes to stdout,
 everything else to stderr. Every error is one line, `error: cause. fix`, with the exit codes of protocol/errors.py:
 0 ok, 1 error, 2 usage, 3 no route, 4 refused, 5 timeout, 130 interrupted.
 """
@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
 from . import __version__
+from .node.options import AS_JSON, REACH, SAMPLING, SWARM, WEIGHTS, option
 from .protocol.errors import ConfigError, SwarmError
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 INTERRUPTED: Final = 130
 USAGE: Final = 2
 _MAX_PROMPT_BYTES: Final = 16 * 1024 * 1024
-_Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -77,69 +77,6 @@ def _fail(message: str, code: int) -> int:
 def _usage(exc: click.UsageError) -> str:
     where = exc.ctx.command_path if exc.ctx is not None else "swarmnode"
     return f"{exc.format_message().rstrip('.')}. See {where} --help"
-
-
-def _option(*names: str, env: str | None = None, **attributes: Any) -> Callable[[_Command], _Command]:
-    """A click option that also reads SWARMNODE_<name>."""
-    variable = env or "SWARMNODE_" + names[0].partition("/")[0].lstrip("-").upper().replace("-", "_")
-    return click.option(*names, envvar=variable, show_envvar=False, **attributes)
-
-
-def _options(*decorators: Callable[[Any], Any]) -> Callable[[_Command], _Command]:
-    def decorate(command: _Command) -> _Command:
-        for decorator in reversed(decorators):
-            command = decorator(command)
-        return command
-
-    return decorate
-
-
-_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-_swarm = _options(
-    _option(
-        "--peer",
-        multiple=True,
-        metavar="ADDR",
-        help="Address of a live node, ending in /p2p/ID, or invite. Repeatable.",
-    ),
-    _option("--swarm", default="main", show_default=True, metavar="NAME", help="Name of the swarm."),
-    _option("--lan/--no-lan", default=True, show_default=True, help="Find nodes on the local network, and be found."),
-)
-_sampling = _options(
-    _option("--model", default=None, help="Model, when the swarm serves several."),
-    _option("--max-new-tokens", type=int, default=256, show_default=True, metavar="N", help="Tokens to write at most."),
-    _option("--temperature", type=float, default=0.0, show_default=True, metavar="T", help="0: the likeliest token."),
-    _option("--top-p", type=float, default=1.0, metavar="P", help="Keep the likeliest tokens up to this probability."),
-    _option("--top-k", type=int, default=0, metavar="K", help="Keep the K likeliest tokens; 0 keeps all."),
-    _option("--min-p", type=float, default=0.0, metavar="P", help="Keep tokens this likely beside the likeliest."),
-    _option("--seed", type=int, default=None, metavar="S", help="Same seed, same text. Default: a random one."),
-    _option(
-        "--repetition-penalty", type=float, default=1.0, metavar="R", help="Above 1, make tokens seen less likely."
-    ),
-    _option("--frequency-penalty", type=float, default=0.0, metavar="F", help="Taken off per time a token was seen."),
-    _option("--presence-penalty", type=float, default=0.0, metavar="F", help="Taken off once a token was seen."),
-    _option("--penalty-last-n", type=int, default=0, metavar="N", help="Tokens penalties look back at; 0: all."),
-    _option("--logit-bias", multiple=True, metavar="ID=BIAS", help="Add BIAS to a token's logit. Repeatable."),
-    _option("--logprobs", type=int, default=0, metavar="N", help="With --json, the N likeliest tokens at each place."),
-    _option("--stop", multiple=True, metavar="TEXT", help="Stop before this text. Repeatable."),
-    _option("--stop-token", type=int, multiple=True, metavar="ID", help="Stop at this token id. Repeatable."),
-    _option(
-        "--wire",
-        default="auto",
-        show_default=True,
-        metavar="CODEC",
-        help="Codec of activations: auto, bf16, int8s, fp32.",
-    ),
-    _option(
-        "--speculate",
-        default="auto",
-        show_default=True,
-        metavar="auto|ngram|off",
-        help="Guess tokens and confirm several at once. The text is the same.",
-    ),
-    _option("--draft", default=None, metavar="MODEL", help="Let this small model guess, in this process."),
-    click.option("--stats", is_flag=True, help="Print route and speed to stderr at the end."),
-)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -212,59 +149,21 @@ def _folder_set(name: str) -> bool:
 
 @swarmnode.command()
 @click.argument("model", required=False, envvar="SWARMNODE_MODEL")
-@_option(
+@option(
     "--serve",
     default="auto",
     show_default=True,
     metavar="A:B|auto|none",
     help="Blocks A to B-1, a choice, or DHT only.",
 )
-@_swarm
-@_option("--listen", multiple=True, metavar="ADDR", help="Where to listen. Repeatable. [default: any port]")
-@_option(
-    "--quant",
-    default=None,
-    metavar="none|int8|nf4|llm-int8",
-    help="How to hold weights. [default: what suits the memory]",
-)
-@_option("--dtype", default="bf16", show_default=True, metavar="bf16|fp32", help="Type computed in.")
-@_option("--device", default="cpu", show_default=True, help="Torch device.")
-@_option("--kv", default="full", show_default=True, metavar="full|int8", help="Keys and values as computed, or halved.")
-@_option(
-    "--share-prefixes",
-    default="all",
-    show_default=True,
-    metavar="all|user|none",
-    help="Whose sessions compute what they begin with once.",
-)
-@_option("--threads", type=click.IntRange(1, 1024), default=None, metavar="N", help="Threads to compute with.")
-@_option("--identity", type=click.Path(path_type=Path), default=None, metavar="FILE", help="Key file, made if missing.")
-@_option("--allow", multiple=True, metavar="PEER|CIDR", help="Let it in even when the node is full. Repeatable.")
-@_option("--relay", multiple=True, metavar="ADDR", help="Relay by which others reach this node. Repeatable.")
-@_option(
-    "--be-relay",
-    type=click.Choice(["auto", "on", "off"]),
-    default="auto",
-    show_default=True,
-    help="Pass on connections between others; auto: if this node can be dialed.",
-)
-@_option("--relay-limit", multiple=True, metavar="NAME=N", help="What to give as a relay at most. Repeatable.")
-@_option(
-    "--reachability",
-    type=click.Choice(["auto", "public", "private"]),
-    default="auto",
-    show_default=True,
-    help="Whether others can dial this node; auto finds out.",
-)
-@_option(
-    "--port-mapping",
-    type=click.Choice(["auto", "off"]),
-    default="auto",
-    show_default=True,
-    help="Have the router open a port (PCP, NAT-PMP, UPnP).",
-)
-@_option("--public-name", default="", metavar="NAME", help="What others see beside your peer id.")
-@_option(
+@SWARM
+@option("--listen", multiple=True, metavar="ADDR", help="Where to listen. Repeatable. [default: any port]")
+@WEIGHTS
+@option("--identity", type=click.Path(path_type=Path), default=None, metavar="FILE", help="Key file, made if missing.")
+@option("--allow", multiple=True, metavar="PEER|CIDR", help="Let it in even when the node is full. Repeatable.")
+@REACH
+@option("--public-name", default="", metavar="NAME", help="What others see beside your peer id.")
+@option(
     "--trace",
     env="SWARMNODE_TRACE_DIR",
     type=click.Path(path_type=Path),
@@ -272,7 +171,7 @@ def _folder_set(name: str) -> bool:
     metavar="DIR",
     help="Trace connections into files of this folder: headers and lengths, no content.",
 )
-@_json
+@AS_JSON
 @click.pass_context
 def join(
     ctx: click.Context,
@@ -346,9 +245,9 @@ def parse_span(text: str) -> tuple[int, int] | None:
 
 @swarmnode.command()
 @click.argument("prompt")
-@_swarm
-@_sampling
-@_json
+@SWARM
+@SAMPLING
+@AS_JSON
 @click.pass_context
 def generate(
     ctx: click.Context, /, prompt: str, peer: tuple[str, ...], swarm: str, lan: bool, as_json: bool, **how: Any
@@ -382,11 +281,11 @@ def _generating(how: dict[str, Any]) -> Generating:
 
 
 @swarmnode.command()
-@_swarm
-@_sampling
+@SWARM
+@SAMPLING
 @click.option("--system", default=None, metavar="TEXT", help="Instruction before the conversation.")
 @click.option("--raw", is_flag=True, help="No chat template: lines as they are, for base models.")
-@_json
+@AS_JSON
 @click.pass_context
 def chat(
     ctx: click.Context,
@@ -407,8 +306,8 @@ def chat(
 
 
 @swarmnode.command()
-@_swarm
-@_json
+@SWARM
+@AS_JSON
 @click.pass_context
 def status(ctx: click.Context, /, peer: tuple[str, ...], swarm: str, lan: bool, as_json: bool) -> int:
     """Nodes on this machine, and who serves which blocks."""
@@ -418,11 +317,11 @@ def status(ctx: click.Context, /, peer: tuple[str, ...], swarm: str, lan: bool, 
 
 
 @swarmnode.command()
-@_swarm
+@SWARM
 @click.option(
     "-v", "--verbose", is_flag=True, help="Every connection: round trips, streams, bytes, and why others ended."
 )
-@_json
+@AS_JSON
 @click.pass_context
 def peers(ctx: click.Context, /, peer: tuple[str, ...], swarm: str, lan: bool, verbose: bool, as_json: bool) -> int:
     """Nodes met on joining, with a measured round trip each.
@@ -439,8 +338,8 @@ def peers(ctx: click.Context, /, peer: tuple[str, ...], swarm: str, lan: bool, v
 
 
 @swarmnode.command()
-@_swarm
-@_json
+@SWARM
+@AS_JSON
 @click.pass_context
 def models(ctx: click.Context, /, peer: tuple[str, ...], swarm: str, lan: bool, as_json: bool) -> int:
     """Models the swarm serves."""
@@ -451,9 +350,9 @@ def models(ctx: click.Context, /, peer: tuple[str, ...], swarm: str, lan: bool, 
 
 @swarmnode.command()
 @click.argument("model", required=False, envvar="SWARMNODE_MODEL")
-@_swarm
+@SWARM
 @click.option("--tokens", type=click.IntRange(1, 1 << 20), default=1, show_default=True, help="Tokens a step carries.")
-@_json
+@AS_JSON
 @click.pass_context
 def route(
     ctx: click.Context, /, model: str | None, peer: tuple[str, ...], swarm: str, lan: bool, tokens: int, as_json: bool
@@ -474,7 +373,7 @@ def route(
     help="Round trips.  [default: 4; at most 30 with --until-direct]",
 )
 @click.option("--until-direct", is_flag=True, help="Tell the path of each; end when one needs no relay, else exit 1.")
-@_json
+@AS_JSON
 @click.pass_context
 def ping(ctx: click.Context, /, address: str, count: int | None, until_direct: bool, as_json: bool) -> int:
     """Measure round trips to the node at ADDRESS, checking its identity."""
@@ -488,10 +387,10 @@ def ping(ctx: click.Context, /, address: str, count: int | None, until_direct: b
 
 
 @swarmnode.command()
-@_swarm
-@_option("--listen", multiple=True, metavar="ADDR", help="Where to listen meanwhile. Repeatable. [default: any port]")
-@_option("--port-mapping", type=click.Choice(["auto", "off"]), default="auto", help="Have the router open a port.")
-@_json
+@SWARM
+@option("--listen", multiple=True, metavar="ADDR", help="Where to listen meanwhile. Repeatable. [default: any port]")
+@option("--port-mapping", type=click.Choice(["auto", "off"]), default="auto", help="Have the router open a port.")
+@AS_JSON
 @click.pass_context
 def doctor(
     ctx: click.Context,
@@ -516,8 +415,8 @@ def doctor(
 
 
 @swarmnode.command()
-@_swarm
-@_json
+@SWARM
+@AS_JSON
 @click.pass_context
 def invite(ctx: click.Context, /, peer: tuple[str, ...], swarm: str, lan: bool, as_json: bool) -> int:
     """A word that lets others in, for their --peer: ways to the nodes on this machine, or to the --peer given."""
@@ -528,7 +427,7 @@ def invite(ctx: click.Context, /, peer: tuple[str, ...], swarm: str, lan: bool, 
 
 @swarmnode.command()
 @click.argument("file", type=click.Path(path_type=Path))
-@_json
+@AS_JSON
 @click.pass_context
 def trace(ctx: click.Context, /, file: Path, as_json: bool) -> int:
     """Replay a connection's trace, and say where it departs from what this version does.
@@ -542,14 +441,14 @@ def trace(ctx: click.Context, /, file: Path, as_json: bool) -> int:
 
 @swarmnode.command()
 @click.argument("model", required=False, envvar="SWARMNODE_MODEL")
-@_option("--threads", type=click.IntRange(1, 1024), default=None, metavar="N", help="Threads to compute with.")
+@option("--threads", type=click.IntRange(1, 1024), default=None, metavar="N", help="Threads to compute with.")
 @click.option(
     "--quant",
     type=click.Choice(("none", "int8", "nf4", "llm-int8")),
     multiple=True,
     help="Only this way to hold weights. Repeatable.",
 )
-@_json
+@AS_JSON
 @click.pass_context
 def bench(ctx: click.Context, /, model: str | None, threads: int | None, quant: tuple[str, ...], as_json: bool) -> int:
     """How fast this machine is, and how fast MODEL's blocks are on it. Joins no swarm.
@@ -564,8 +463,8 @@ def bench(ctx: click.Context, /, model: str | None, threads: int | None, quant: 
 
 
 @swarmnode.command("id")
-@_option("--identity", type=click.Path(path_type=Path), default=None, metavar="FILE", help="Key file, made if missing.")
-@_json
+@option("--identity", type=click.Path(path_type=Path), default=None, metavar="FILE", help="Key file, made if missing.")
+@AS_JSON
 @click.pass_context
 def identity(ctx: click.Context, /, identity: Path | None, as_json: bool) -> int:
     """The peer id of your default key file, or of FILE."""
