@@ -145,7 +145,7 @@ def test_ready_as_json(launch):
     assert body["ready"] in body["addrs"]
     code, out, err = launch("generate", PROMPT, "--swarm", "alone", "--peer", body["ready"]).finish()
     assert (code, out) == (3, "")
-    assert "error: no server holds blocks 0:18 of gemma3-270m" in err
+    assert "error: the swarm 'alone' serves no model yet: start one with swarmnode join gemma3-270m" in err
     assert "Traceback" not in err
     process.kill(signal.SIGTERM)
     assert process.finish()[0] == 0
