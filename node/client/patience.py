@@ -41,11 +41,19 @@ class Patience:
 
     def deadline_s(self, rtt_s: float) -> float:
         """Time to wait for a result. The first steps of a session have nothing to compare with: wait long."""
-        steps = self._steps.get(self._rows.bit_length(), ())
-        if len(steps) < 2:
-            return MOST_S
+        slowest = self._slowest_s(self._rows.bit_length())
         floor = max(LAN_S, 2 * rtt_s + WAN_S if rtt_s > LAN_S / 10 else LAN_S)
-        return min(MOST_S, max(floor, FACTOR * max(steps)))
+        return min(MOST_S, max(floor, FACTOR * slowest))
+
+    def _slowest_s(self, bits: int) -> float:
+        """The slowest recent step of so many rows; else what others make of it: twice the rows, twice the time at most.
+
+        Guessed tokens make steps of ever other sizes: each new one must not mean to wait as if nothing were known.
+        """
+        known = {size: max(steps) for size, steps in self._steps.items() if len(steps) > 1}
+        if bits in known:
+            return known[bits]
+        return min((seconds * 2 ** max(0, bits - size) for size, seconds in known.items()), default=MOST_S)
 
     def probe_s(self, rtt_s: float) -> float:
         """Time to wait for the answer to a probe."""

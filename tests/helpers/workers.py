@@ -87,9 +87,13 @@ class Desk:
 
     async def settle(self) -> None:
         """Wait until the thread has done what it was told so far."""
+        await self._drained()
         seat = self.open(max_length=1)
-        await self.rows(seat, [0], 0)
+        await self.rows(seat, [0], 0)  # the last thing drained may still be at work
         self.worker.release(seat)
+        await self._drained()
+
+    async def _drained(self) -> None:
         while self._busy():  # noqa: ASYNC110 - a thread is waited for
             await asyncio.sleep(0)
 

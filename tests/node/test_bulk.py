@@ -7,7 +7,7 @@ import pytest
 from helpers.hosts import at_rest, hosts, key, memory_host
 from swarmnode.node import bulk
 from swarmnode.node.host import HostLimits
-from swarmnode.node.transport.memory import MemoryNetwork
+from swarmnode.node.transport.memory import MemoryNetwork, Nat
 
 pytestmark = pytest.mark.virtual
 
@@ -204,7 +204,7 @@ async def test_a_peer_that_cannot_be_dialed_costs_a_bounded_wait(clock):
     network = far_apart()
     private = network.transport(private=True)
     async with memory_host(network, 1) as one, memory_host(network, 2) as two:
-        two._transports[0].private = True
+        two._transports[0].nat = Nat.CONE
         two.add_addrs(one.peer_id, one.listen_addrs)
         await introduced(two, one)
         assert private.private

@@ -43,3 +43,11 @@ def test_frames_fed_before_a_result_are_one_step():
     patience = taught((256, 1.0), (256, 1.0))
     patience.began(0.0, 128)
     assert waiting(patience, 128) == pytest.approx(FACTOR * 1.0)
+
+
+def test_steps_of_another_size_are_no_stranger_than_their_rows():
+    """Guessed tokens travel with a step: four rows take at most four times what one takes, and at least as long."""
+    patience = taught((1, 0.1), (1, 0.1), (8, 0.3), (8, 0.3))
+    assert waiting(patience, 3) == pytest.approx(FACTOR * 0.2)
+    patience = taught((8, 0.3), (8, 0.3))
+    assert waiting(patience, 1) == pytest.approx(FACTOR * 0.3)
