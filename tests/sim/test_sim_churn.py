@@ -17,6 +17,7 @@ def test_a_third_of_the_nodes_leaves_every_minute():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("seed", range(20))
 def test_a_hundred_nodes_for_ten_minutes(seed):
     check(churn(100, seed=seed))
